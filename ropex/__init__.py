@@ -1,0 +1,35 @@
+"""Longer contexts for models with rotary position embeddings.
+
+`ropex.patch(model, method="yarn", factor=8)` extends a transformers model in place. Below it stand the parts that can
+be used alone: schedules (`ropex.schedule`), the rotation (`ropex.rotate`), a module (`ropex.RotaryEmbedding`), and the
+measuring (`ropex.evaluation`).
+"""
+
+from ropex import evaluation, kernels, scaling
+from ropex.kernels import rotate
+from ropex.patching import Inspection, Patch, UnsupportedModelError, inspect, patch, unpatch
+from ropex.rotary import RotaryEmbedding
+from ropex.rotation import Geometry, Request, Rotation
+from ropex.scaling import FrequencySchedule, methods, schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FrequencySchedule",
+    "Geometry",
+    "Inspection",
+    "Patch",
+    "Request",
+    "RotaryEmbedding",
+    "Rotation",
+    "UnsupportedModelError",
+    "evaluation",
+    "inspect",
+    "kernels",
+    "methods",
+    "patch",
+    "rotate",
+    "scaling",
+    "schedule",
+    "unpatch",
+]

