@@ -9,11 +9,9 @@ the rounding of float64, which is 1e-9 radians at position ten million.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ropex.rotation import widest_float
 
@@ -42,30 +40,6 @@ def phase(positions: Tensor, frequency: Tensor) -> Tensor:
     return positions[..., None] * frequency
 
 
-class _CosSin(torch.autograd.Function):
-    """Integer phase has no derivative of its own: d angle / d inv_freq is the position."""
-
-    @staticmethod
-    def forward(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        wrapped = phase(positions, fixed_frequency(inv_freq))
-        angle = wrapped.to(widest_float(wrapped.device)) * (2 * math.pi / _UNITS_PER_TURN)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        positions, inv_freq, _ = inputs
-        ctx.save_for_backward(positions, *output)
-        ctx.shape, ctx.dtype = inv_freq.shape, inv_freq.dtype
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_cos: Tensor, grad_sin: Tensor) -> tuple[None, Tensor, None]:
-        positions, cos, sin = ctx.saved_tensors
-        grad_angle = cos * grad_sin - sin * grad_cos
-        grad = positions[..., None] * grad_angle.to(ctx.dtype)
-        return None, grad.sum_to_size(ctx.shape), None
-
-
 def cos_sin(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cos and sin of `positions * inv_freq`, exact to the rounding of `dtype` at any position.
 
@@ -77,5 +51,10 @@ def cos_sin(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Te
     Returns:
         Two tensors [batch, seq, half].
     """
-    cos, sin = _CosSin.apply(positions, inv_freq, dtype)
-    return cos, sin
+    wrapped = phase(positions, fixed_frequency(inv_freq.detach()))
+    angle = wrapped.to(widest_float(wrapped.device)) * (2 * math.pi / _UNITS_PER_TURN)
+    if inv_freq.requires_grad:
+        # Integer phase has no derivative; that of the plain product, which is the position, comes in with a value of 0.
+        product = positions[..., None] * inv_freq
+        angle = angle + (product - product.detach())
+    return angle.cos().to(dtype), angle.sin().to(dtype)

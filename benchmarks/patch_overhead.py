@@ -1,0 +1,90 @@
+"""What a patch costs: time of a patched forward pass over that of the unpatched model, in one process.
+
+    python -m benchmarks.patch_overhead [--tokens 2048] [--pairs 15] [--dtype float32]
+
+The model runs unpatched, patched, unpatched, in turn; each round gives the ratio patched / unpatched, and the ratio of the
+two unpatched passes, whose spread is what the machine's noise amounts to. Writes patch_overhead.json to
+benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import ropex
+from ropex.evaluation.compare import environment, write_json
+from ropex.evaluation.loading import load_model, load_text
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(model: nn.Module, ids: Tensor) -> float:
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def summary(ratios: list[float]) -> dict[str, float]:
+    quartiles = statistics.quantiles(ratios, n=4)
+    return {
+        "median": statistics.median(ratios),
+        "quartile_1": quartiles[0],
+        "quartile_3": quartiles[2],
+        "min": min(ratios),
+        "max": max(ratios),
+    }
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--method", default="yarn")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    loaded = load_model(dtype=getattr(torch, arguments.dtype), device=arguments.device)
+    model = loaded.model
+    ids = loaded.tokenizer(load_text()[0], return_tensors="pt")["input_ids"][:, : arguments.tokens].to(arguments.device)
+    seconds(model, ids)
+    patched, unpatched = [], []
+    for number in range(arguments.pairs):
+        before = seconds(model, ids)
+        with ropex.patch(model, arguments.method, factor=2):
+            between = seconds(model, ids)
+        after = seconds(model, ids)
+        patched.append(between / ((before + after) / 2))
+        unpatched.append(after / before)
+        print(f"{number + 1}/{arguments.pairs}: patched {patched[-1]:.3f}, unpatched {unpatched[-1]:.3f}", flush=True)
+    result = {
+        "what": "time of a forward pass over that of the unpatched model",
+        "model": loaded.name,
+        "method": arguments.method,
+        "tokens": arguments.tokens,
+        "pairs": arguments.pairs,
+        "patched": summary(patched),
+        "unpatched": summary(unpatched),
+        "environment": environment(next(model.parameters())),
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    suffix = "" if arguments.dtype == "float32" else f"_{arguments.dtype}"
+    write_json(arguments.out / f"patch_overhead{suffix}.json", result)
+    for name in ("patched", "unpatched"):
+        figures = ", ".join(f"{key} {value:.3f}" for key, value in summary({"patched": patched, "unpatched": unpatched}[name]).items())
+        print(f"{name} over unpatched: {figures}")
+
+
+if __name__ == "__main__":
+    main()
