@@ -145,7 +145,9 @@ def _probe_table(model_name: str, rotary: nn.Module, geometry: Geometry, *, scal
     fresh = _rebuild(model_name, rotary, config)
     buffer = rotary.get_buffer("inv_freq")
     if not buffer.is_meta:
-        live = copy.deepcopy(rotary)  # some modules change in a call
+        # transformers' dynamic modules change in a call, and keep the frequencies of a long one until a short one comes.
+        live = copy.deepcopy(rotary)
+        live(torch.zeros((), device=buffer.device), torch.zeros_like(positions, device=buffer.device))
         got = live(torch.zeros((), device=buffer.device), positions.to(buffer.device))
         tolerance = 1e-6 + _angle_error(geometry, positions, buffer.dtype)
         if not _match(got, fresh(torch.zeros(()), positions), full_table(tolerance, "half")):

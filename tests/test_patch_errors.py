@@ -1,0 +1,211 @@
+"""Bad calls of `ropex.patch`: a clear error, and the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import ropex
+from tests.oracles import TRAINED_LENGTH, logits, tiny_config, tiny_model, tiny_tokens
+from tests.test_patch import state
+
+
+def refuses(model: nn.Module, error: type[Exception], message: str, call: Callable[[], object]) -> None:
+    """The call raises, and leaves the model bit for bit as it was."""
+    ids = tiny_tokens(40)
+    before, want = state(model), logits(model, ids)
+    with pytest.raises(error, match=message):
+        call()
+    assert state(model) == before
+    assert torch.equal(logits(model, ids), want)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "yarnn", "factor": 4}, r'method=\'yarnn\': must be one of .* did you mean "yarn"\?'),
+        ({"factor": 0.5}, r"factor=0\.5: must be a finite number >= 1"),
+        ({"factor": float("nan")}, r"factor=nan: must be a finite number >= 1"),
+        ({"factor": "8"}, r"factor='8': must be a finite number >= 1"),
+        ({}, r'method "yarn" without factor: it needs factor; pass factor= .*length='),
+        ({"factor": 4, "length": 1024}, r"length=1024 and factor=4 disagree"),
+        ({"length": 100}, r"length=100: must be an int >= the model's trained length of 512 tokens"),
+        ({"method": "none", "factor": 4}, r'method "none" has no target length'),
+        ({"factor": 4, "beta": 1}, r'option beta=1: method "yarn" accepts factor, beta_fast'),
+        ({"factor": 4, "angles": "bf16"}, r'angles=\'bf16\': must be one of "exact", "float32"'),
+        ({"factor": 4, "on_scaled": "keep"}, r'on_scaled=\'keep\': must be one of "error", "replace"'),
+        ({"method": ropex.schedule("none"), "length": 1024}, r"length=1024 with the schedule Unscaled\(\)"),
+        ({"method": 3}, r"method=3: must be one of"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    model = tiny_model("llama")
+    refuses(model, ValueError, message, lambda: ropex.patch(model, **arguments))
+
+
+def test_already_patched() -> None:
+    model = tiny_model("llama")
+    ropex.patch(model, "yarn", factor=4)
+    message = r"LlamaForCausalLM is already patched with YaRN\(factor=4.*call ropex\.unpatch\(model\) first"
+    refuses(model, ValueError, message, lambda: ropex.patch(model, "linear", factor=2))
+
+
+def test_not_patched() -> None:
+    model = tiny_model("llama")
+    refuses(model, ValueError, r"LlamaForCausalLM is not patched: .*ropex\.patch", lambda: ropex.unpatch(model))
+    patch = ropex.patch(model, "yarn", factor=4)
+    patch.remove()
+    refuses(model, ValueError, r"is not patched", patch.remove)
+    refuses(model, ValueError, r"is not patched", lambda: patch.pin_length(10))
+
+
+def test_a_model_without_rotary_embeddings() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    message = r"GPT2LMHeadModel has no rotary embedding module: .* Llama, Mistral, Qwen or GPT-NeoX"
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.inspect(model))
+    assert issubclass(ropex.UnsupportedModelError, ValueError)
+
+
+def test_a_model_with_embeddings_per_layer_type() -> None:
+    config = transformers.Gemma3TextConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    message = r"rotary_emb\.forward.*layer_type.*must take \(x, position_ids\) alone"
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+
+
+def test_not_a_model() -> None:
+    with pytest.raises(ValueError, match=r"model='llama': must be a torch\.nn\.Module; pass the loaded model"):
+        ropex.patch("llama", factor=4)  # type: ignore[arg-type]
+
+
+def scaled_model(**rope_parameters: Any) -> nn.Module:
+    config = tiny_config("llama")
+    config.rope_parameters = {**config.rope_parameters, **rope_parameters}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize("rope_parameters", [YARN, LLAMA3, LONGROPE], ids=lambda p: p["rope_type"])
+def test_a_config_that_already_carries_a_scaling(rope_parameters: dict[str, Any]) -> None:
+    model = scaled_model(**rope_parameters)
+    kind = rope_parameters["rope_type"]
+    message = rf'already carries a scaling of the type "{kind}": .*on_scaled="replace".*length of 128 tokens, or remove'
+    refuses(model, ValueError, message, lambda: ropex.patch(model, "yarn", factor=4))
+    seen = ropex.inspect(model)
+    assert (seen.scaling, seen.geometry.trained_length, seen.length) == (kind, 128, TRAINED_LENGTH)
+
+    ids = tiny_tokens(500)
+    own = logits(model, ids)
+    plain = scaled_model()
+    plain.config.max_position_embeddings = 128
+    for module in plain.modules():
+        if "config" in vars(module):
+            module.config.max_position_embeddings = 128
+    with ropex.patch(model, "yarn", factor=4, on_scaled="replace"), ropex.patch(plain, "yarn", factor=4):
+        assert model.config.max_position_embeddings == 512
+        assert torch.equal(logits(model, ids), logits(plain, ids)), "the old scaling is replaced, not added to"
+    assert torch.equal(logits(model, ids), own)
+
+
+def test_a_dynamic_config_states_the_pretraining_length_as_the_maximum() -> None:
+    model = scaled_model(rope_type="dynamic", factor=2.0)
+    ids = tiny_tokens(600)
+    own = logits(model, ids)
+    with pytest.raises(ValueError, match=r'scaling of the type "dynamic".*length of 512 tokens'):
+        ropex.patch(model, "yarn", factor=4)
+    with ropex.patch(model, "dynamic_ntk", factor=2, on_scaled="replace", angles="float32"):
+        assert (logits(model, ids) - own).abs().max() < 1e-5
+    assert torch.equal(logits(model, ids), own)
+
+
+def test_a_linear_config_does_not_tell_its_pretraining_length() -> None:
+    model = scaled_model(rope_type="linear", factor=2.0)
+    message = r"rope_type='linear' without original_max_position_embeddings: .*set config\.original_max_position"
+    refuses(model, ValueError, message, lambda: ropex.patch(model, "yarn", factor=4, on_scaled="replace"))
+    model.config.original_max_position_embeddings = 256
+    with ropex.patch(model, "yarn", factor=4, on_scaled="replace"):
+        assert ropex.inspect(model).geometry.trained_length == 256
+        assert model.config.max_position_embeddings == 1024
+
+
+def test_a_model_that_does_not_do_what_its_config_says() -> None:
+    model = tiny_model("llama")
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    message = r"LlamaForCausalLM's cos and sin are not those of its config: its frequencies were changed"
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+    model = tiny_model("llama")
+    model.model.rotary_emb.config.rope_parameters["rope_theta"] = 20_000.0
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+
+
+def test_a_model_whose_attention_ignores_its_rotary_module() -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn = NoRotation(layer.self_attn)
+    message = r"LlamaForCausalLM has a rotary .*\(model\.rotary_emb\) but no attention .*a patch would change nothing"
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+
+
+class NoRotation(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return self.o_proj(self.v_proj(hidden_states).repeat(1, 1, 2)), None
+
+
+def test_a_model_with_a_rotary_module_in_each_layer() -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.rotary_emb = type(model.model.rotary_emb)(model.config)
+    message = r"has 3 rotary embedding modules \(model\.layers\.0\.rotary_emb, .*\): only models in which all layers"
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+
+
+def test_rotary_parameters_per_layer_type() -> None:
+    model = tiny_model("llama")
+    model.config.rope_parameters = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    with pytest.raises(ropex.UnsupportedModelError, match=r"LlamaConfig has rotary parameters per layer type \(full_att"):
+        ropex.patch(model, "yarn", factor=4)
+    model.config.rope_parameters = {"rope_type": "default"}
+    with pytest.raises(ropex.UnsupportedModelError, match=r"LlamaConfig states no rope_theta; set it"):
+        ropex.patch(model, "yarn", factor=4)
