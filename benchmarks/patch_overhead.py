@@ -2,8 +2,8 @@
 
     python -m benchmarks.patch_overhead [--tokens 2048] [--pairs 15] [--dtype float32]
 
-The model runs unpatched, patched, unpatched, in turn; each round gives the ratio patched / unpatched, and the ratio of the
-two unpatched passes, whose spread is what the machine's noise amounts to. Writes patch_overhead.json to
+The model runs unpatched, patched, unpatched, in turn; each round gives the ratio patched / unpatched, and the ratio of
+the two unpatched passes, whose spread is what the machine's noise amounts to. Writes patch_overhead.json to
 benchmarks/results.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def main() -> None:
         patched.append(between / ((before + after) / 2))
         unpatched.append(after / before)
         print(f"{number + 1}/{arguments.pairs}: patched {patched[-1]:.3f}, unpatched {unpatched[-1]:.3f}", flush=True)
-    result = {
+    result: dict[str, Any] = {
         "what": "time of a forward pass over that of the unpatched model",
         "model": loaded.name,
         "method": arguments.method,
@@ -82,7 +83,7 @@ def main() -> None:
     suffix = "" if arguments.dtype == "float32" else f"_{arguments.dtype}"
     write_json(arguments.out / f"patch_overhead{suffix}.json", result)
     for name in ("patched", "unpatched"):
-        figures = ", ".join(f"{key} {value:.3f}" for key, value in summary({"patched": patched, "unpatched": unpatched}[name]).items())
+        figures = ", ".join(f"{key} {value:.3f}" for key, value in result[name].items())
         print(f"{name} over unpatched: {figures}")
 
 

@@ -9,7 +9,6 @@ if that is more than the documented 0.5 % (0.1 % for `none` against the unpatche
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +42,23 @@ def rope_parameters(method: str, geometry: ropex.Geometry, factor: float) -> dic
 def measure(loaded: LoadedModel, tokens: torch.Tensor, bins: int, factor: float, text_name: str) -> dict[str, Any]:
     """The methods by ropex, then the same by transformers, in one result."""
 
-    def show(name: str) -> Callable[[str, float], None]:
-        return lambda method, fraction: print(f"\r{name} {method}: {fraction:4.0%}", end="", flush=True)
-
     model = loaded.model
     geometry = ropex.inspect(model).geometry
     options = {method: {} if method == "none" else {"factor": factor} for method in LIMITS}
     schedules = {method: ropex.schedule(method, **options[method]) for method in LIMITS}
-    names = {"model_name": loaded.name, "text_name": text_name}
-    result = compare_methods(model, tokens, schedules, bins=bins, progress=show("ropex"), **names)
+    result = compare_methods(model, tokens, schedules, bins=bins, model_name=loaded.name, text_name=text_name)
     for method in LIMITS:
         config = type(model.config).from_dict(model.config.to_dict())
         config.rope_parameters = rope_parameters(method, geometry, factor)
         stock = type(model)(config).to(model.dtype).eval()
         stock.load_state_dict(model.state_dict())
-        measured = ropex.evaluation.perplexity_by_length(
-            stock, tokens, bins=bins, progress=lambda fraction, method=method: show("transformers")(method, fraction)
-        )
+        measured = ropex.evaluation.perplexity_by_length(stock, tokens, bins=bins)
         result["results"][f"transformers {method}"] = {
             "rope_parameters": config.rope_parameters,
             "nll": measured.nll,
             "perplexity": measured.perplexity,
             "seconds": measured.seconds,
         }
-    print()
     return result
 
 

@@ -11,7 +11,14 @@ from typing import Annotated, Any, NoReturn
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Table
 except ModuleNotFoundError as error:
     raise SystemExit(f"ropex: the command needs the package {error.name}; run `pip install 'ropex[eval]'`") from None
@@ -35,14 +42,19 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(ropex.__version__, highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def ropex_command(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Longer contexts for models with rotary position embeddings."""
-    if version:
-        out.print(ropex.__version__)
-        raise typer.Exit
 
 
 @app.command()
@@ -56,13 +68,12 @@ def perplexity(
     methods: Annotated[str, typer.Option(help="Methods to compare, separated by commas.")] = "none,linear,ntk,yarn",
     factor: Annotated[float, typer.Option(help="Factor of the methods that take one.")] = 2.0,
     length: Annotated[int, typer.Option(help="Tokens of the text to use.")] = 12288,
-    bins: Annotated[
-        str, typer.Option(help="Number of equal position bins, or their edges: 0,2048,8192,12288.")
-    ] = "6",
+    bins: Annotated[str, typer.Option(help="Number of equal position bins, or their edges: 0,2048,8192,12288.")] = "6",
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.float32,
     device: Annotated[str | None, typer.Option(help="Device. Default: cuda where there is one, else cpu.")] = None,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Folder for perplexity.json and .png. Default: new, in ./ropex-results.")
+        Path | None,
+        typer.Option("--out", help="Folder for the JSON and the picture. Default: new, in ./ropex-results."),
     ] = None,
 ) -> None:
     """Negative log-likelihood and perplexity against position, one pass per method."""
@@ -104,8 +115,14 @@ def _perplexity(
             f"length={length}: the text {text_name} has only {len(tokens)} tokens; pass a longer text or --length"
         )
     geometry = ropex.inspect(loaded.model).geometry
-    out.print(f"{loaded.name}: trained at {geometry.trained_length} tokens, base {geometry.base:g}", highlight=False, soft_wrap=True)
-    out.print(f"{text_name}: {length} of {len(tokens)} tokens, {dtype.value} on {place}", highlight=False, soft_wrap=True)
+    out.print(
+        f"{loaded.name}: trained at {geometry.trained_length} tokens, base {geometry.base:g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(
+        f"{text_name}: {length} of {len(tokens)} tokens, {dtype.value} on {place}", highlight=False, soft_wrap=True
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -36,9 +36,13 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, geometry: Geometry, schedule: FrequencySchedule) -> None:
         super().__init__()
         if not isinstance(geometry, Geometry):
-            raise ValueError(f"geometry={geometry!r}: must be a ropex.Geometry; pass Geometry(dim=, base=, trained_length=)")
+            raise ValueError(
+                f"geometry={geometry!r}: must be a ropex.Geometry; pass Geometry(dim=, base=, trained_length=)"
+            )
         if not isinstance(schedule, FrequencySchedule):
-            raise ValueError(f'schedule={schedule!r}: must be a FrequencySchedule; pass ropex.schedule("yarn", factor=4)')
+            raise ValueError(
+                f'schedule={schedule!r}: must be a FrequencySchedule; pass ropex.schedule("yarn", factor=4)'
+            )
         self.geometry = geometry
         self.schedule = schedule
         self.pinned_length: int | None = None

@@ -204,7 +204,9 @@ def test_a_model_with_a_rotary_module_in_each_layer() -> None:
 def test_rotary_parameters_per_layer_type() -> None:
     model = tiny_model("llama")
     model.config.rope_parameters = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    with pytest.raises(ropex.UnsupportedModelError, match=r"LlamaConfig has rotary parameters per layer type \(full_att"):
+    with pytest.raises(
+        ropex.UnsupportedModelError, match=r"LlamaConfig has rotary parameters per layer type \(full_att"
+    ):
         ropex.patch(model, "yarn", factor=4)
     model.config.rope_parameters = {"rope_type": "default"}
     with pytest.raises(ropex.UnsupportedModelError, match=r"LlamaConfig states no rope_theta; set it"):

@@ -58,8 +58,12 @@ def test_any_frequency_fits(inv_freq: float) -> None:
     cos, sin = cos_sin(positions, torch.tensor([inv_freq], dtype=torch.float64), torch.float64)
     truth = [true_cos_sin(position, inv_freq) for position in positions[0].tolist()]
     # The float64 frequency in turns is off by 2**-53 of itself, times 50 positions.
-    torch.testing.assert_close(cos.flatten(), torch.tensor([c for c, _ in truth], dtype=torch.float64), rtol=0, atol=3e-11)
-    torch.testing.assert_close(sin.flatten(), torch.tensor([s for _, s in truth], dtype=torch.float64), rtol=0, atol=3e-11)
+    torch.testing.assert_close(
+        cos.flatten(), torch.tensor([c for c, _ in truth], dtype=torch.float64), rtol=0, atol=3e-11
+    )
+    torch.testing.assert_close(
+        sin.flatten(), torch.tensor([s for _, s in truth], dtype=torch.float64), rtol=0, atol=3e-11
+    )
 
 
 def test_a_zero_frequency_does_not_turn() -> None:

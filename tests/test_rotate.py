@@ -99,7 +99,9 @@ def test_rows_may_have_their_own_positions_frequencies_and_amplitudes(layout: st
     amplitude = torch.tensor([1.0, 1.5], dtype=torch.float64)[:, None, None]
     q = torch.randn(2, 3, 10, 64)
     together = ropex.rotate(q, rotation=ropex.Rotation(positions, inv_freq, amplitude), layout=layout)
-    per_token = ropex.rotate(q, rotation=ropex.Rotation(positions, inv_freq.expand(2, 10, 32), amplitude), layout=layout)
+    per_token = ropex.rotate(
+        q, rotation=ropex.Rotation(positions, inv_freq.expand(2, 10, 32), amplitude), layout=layout
+    )
     assert torch.equal(together, per_token)
     for row in range(2):
         alone = ropex.Rotation(positions[row : row + 1], inv_freq[row, 0], amplitude[row].item())
@@ -144,9 +146,7 @@ def test_float32_angles_are_transformers_bit_for_bit() -> None:
     half_cos, half_sin = table(rotation, angles="float32")
     assert torch.equal(torch.cat((half_cos, half_cos), -1), cos)
     assert torch.equal(torch.cat((half_sin, half_sin), -1), sin)
-    for got, want in zip(
-        ropex.rotate(q, k, rotation, angles="float32"), apply_half(q, k, cos, sin), strict=True
-    ):
+    for got, want in zip(ropex.rotate(q, k, rotation, angles="float32"), apply_half(q, k, cos, sin), strict=True):
         assert torch.equal(got, want)
     wide_q, wide_k = torch.randn(2, 4, seq, 80), torch.randn(2, 4, seq, 80)
     for got, want in zip(
@@ -241,7 +241,10 @@ POSITIONS, INV_FREQ, _ = BASE["rotation"]
         ({"order": "thd"}, r'order=\'thd\': must be one of "bhsd", "bshd"'),
         ({"angles": "float64"}, r'angles=\'float64\': must be one of "exact", "float32"'),
         ({"backend": "cuda"}, r'backend=\'cuda\': must be one of "auto", "reference"'),
-        ({"q": torch.zeros(2, 4, 9, 64, dtype=torch.int64)}, r"q int64 \[2, 4, 9, 64\]: must be a floating-point \[batch"),
+        (
+            {"q": torch.zeros(2, 4, 9, 64, dtype=torch.int64)},
+            r"q int64 \[2, 4, 9, 64\]: must be a floating-point \[batch",
+        ),
         ({"q": torch.zeros(9, 64)}, r"q float32 \[9, 64\]: must be a floating-point \[batch, heads, seq, head_dim\]"),
         ({"q": torch.zeros(2, 4, 9, 62)}, r"q .*: its head_dim must be >= the rotary dimension 64"),
         ({"q": torch.zeros(2, 9, 4, 64)}, r"q .* with a rotation of \[1, 9\]: must be the same \[batch, seq\]"),
@@ -253,7 +256,10 @@ POSITIONS, INV_FREQ, _ = BASE["rotation"]
         ({"rotation": ropex.Rotation(POSITIONS.double(), INV_FREQ)}, r"positions float64 \[1, 9\]: must be int64"),
         ({"rotation": ropex.Rotation(POSITIONS[0], INV_FREQ)}, r"positions int64 \[9\]: must be int64 \[batch, seq\]"),
         ({"rotation": ropex.Rotation(POSITIONS.expand(3, 9), INV_FREQ)}, r"q .* with a rotation of \[3, 9\]"),
-        ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ[None])}, r"inv_freq float64 \[1, 32\]: must be a floating-point"),
+        (
+            {"rotation": ropex.Rotation(POSITIONS, INV_FREQ[None])},
+            r"inv_freq float64 \[1, 32\]: must be a floating-point",
+        ),
         ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ.long())}, r"inv_freq int64 \[32\]: must be a floating-point"),
         ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ.expand(1, 5, 32))}, r"inv_freq float64 \[1, 5, 32\]"),
         ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ.to("meta"))}, r"positions on cpu, inv_freq on meta"),

@@ -83,7 +83,7 @@ def test_dynamic_ntk_changes_nothing_up_to_the_trained_length(factor: float, geo
 @pytest.mark.parametrize("method", ["linear", "ntk", "yarn"])
 @geometries
 def test_factor_one_is_the_identity(method: str, geometry: Any) -> None:
-    positions, inv_freq, amplitude = ropex.schedule(method, factor=1).at(geometry, length=10)
+    _, inv_freq, amplitude = ropex.schedule(method, factor=1).at(geometry, length=10)
     assert relative_error(inv_freq, geometry.inv_freq()) < 1e-15
     assert amplitude == 1
 
@@ -287,7 +287,11 @@ def test_registry() -> None:
         ("yarn", {"factor": 2, "beta_fst": 1}, r'option beta_fst=1: method "yarn" accepts factor, .*"beta_fast"\?'),
         ("linear", {"factor": 2, "length": 10}, r'option length=10: method "linear" accepts factor; remove it'),
         *[
-            (name, {"factor": value}, rf"factor={re.escape(repr(value))}: must be a finite number >= 1; pass target length")
+            (
+                name,
+                {"factor": value},
+                rf"factor={re.escape(repr(value))}: must be a finite number >= 1; pass target length",
+            )
             for name in ("linear", "ntk", "dynamic_ntk", "yarn")
             for value in (0.5, 0, -2, float("nan"), float("inf"), "8", None, True, (2,))
         ],

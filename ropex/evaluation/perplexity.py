@@ -51,9 +51,9 @@ def perplexity_by_length(
 ) -> PerplexityByLength:
     """How well a model predicts a text, by position: the protocol `binned`.
 
-    The loss at a position depends only on the tokens before it, so one pass over the whole text gives the curve of every
-    length up to it. A schedule that depends on the length (patched, or transformers' own) is run once per bin instead,
-    over the tokens up to the bin's end. Logits are made `chunk` positions at a time, never all at once.
+    The loss at a position depends only on the tokens before it, so one pass over the whole text gives the curve of
+    every length up to it. A schedule that depends on the length (patched, or transformers' own) is run once per bin
+    instead, over the tokens up to the bin's end. Logits are made `chunk` positions at a time, never all at once.
 
     Args:
         model: a causal language model, patched or not; its training mode is put back.
@@ -75,7 +75,7 @@ def perplexity_by_length(
     """
     tokens = _as_tokens(model, tokens)
     edges = _as_edges(bins, len(tokens))
-    require_int("chunk", chunk, minimum=1, remedy="pass the number of positions whose logits fit in memory, such as 512")
+    require_int("chunk", chunk, minimum=1, remedy="pass how many positions' logits fit in memory")
     spans = list(itertools.pairwise(edges))
     # One pass scores every bin, or each bin is scored by a pass of its own.
     passes = [[span] for span in spans] if depends_on_length(model) else [spans]
@@ -105,7 +105,7 @@ def _as_tokens(model: nn.Module, tokens: Tensor | Sequence[int]) -> Tensor:
     if tokens.dim() != 1 or len(tokens) < 2 or tokens.dtype != torch.int64:
         dtype = str(tokens.dtype).removeprefix("torch.")
         raise ValueError(f"tokens {dtype} {list(tokens.shape)}: must be int64 [n] with n >= 2; pass one document's ids")
-    vocabulary = _output_embedding(model).weight.shape[0]
+    vocabulary = _output_embedding(model).get_parameter("weight").shape[0]
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         raise ValueError(
             f"tokens from {int(tokens.min())} to {int(tokens.max())}: must be in 0 .. {vocabulary - 1}; "

@@ -118,17 +118,15 @@ def rotate_with_table(
     _check_options(layout, order, "auto")
     if cos.dim() != 3 or cos.shape != sin.shape or not cos.is_floating_point():
         raise ValueError(
-            f"cos {_describe(cos)} and sin {_describe(sin)}: must be equal floating-point tables [1 or batch, seq, half]; "
-            "pass what ropex.kernels.table gave"
+            f"cos {_describe(cos)} and sin {_describe(sin)}: must be equal floating-point tables [1 or batch, seq, "
+            "half]; pass what ropex.kernels.table gave"
         )
     _check_heads(q, k, order, (cos.shape[0], cos.shape[1]), cos.shape[-1], cos.device)
     dtype = torch.promote_types(q.dtype, torch.float32)
     return _rotate(q, k, cos.to(dtype), sin.to(dtype), layout, order)
 
 
-def table(
-    rotation: Rotation, *, angles: Angles = "exact", dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
+def table(rotation: Rotation, *, angles: Angles = "exact", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Cos and sin of a rotation's angles, times its amplitude: two tensors [batch, seq, half] in `dtype`."""
     _check_rotation(rotation, angles)
     return reference.make_table(rotation, angles=angles, dtype=dtype)

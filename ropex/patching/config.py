@@ -56,8 +56,8 @@ def geometry_of(config: Any, dim: int) -> Geometry:
         )
         if length is None:
             raise ValueError(
-                f"rope_type={parameters['rope_type']!r} without original_max_position_embeddings: the pretraining length "
-                "is needed and the config does not tell; set config.original_max_position_embeddings"
+                f"rope_type={parameters['rope_type']!r} without original_max_position_embeddings: the pretraining "
+                "length is needed and the config does not tell; set config.original_max_position_embeddings"
             )
     return Geometry(dim=dim, base=parameters["rope_theta"], trained_length=int(length))
 

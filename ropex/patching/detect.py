@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ def _probe_table(model_name: str, rotary: nn.Module, geometry: Geometry, *, scal
     fresh = _rebuild(model_name, rotary, config)
     buffer = rotary.get_buffer("inv_freq")
     if not buffer.is_meta:
-        # transformers' dynamic modules change in a call, and keep the frequencies of a long one until a short one comes.
+        # transformers' dynamic modules change in a call: they keep a long one's frequencies until a short one comes.
         live = copy.deepcopy(rotary)
         live(torch.zeros((), device=buffer.device), torch.zeros_like(positions, device=buffer.device))
         got = live(torch.zeros((), device=buffer.device), positions.to(buffer.device))
@@ -161,7 +161,7 @@ def _probe_table(model_name: str, rotary: nn.Module, geometry: Geometry, *, scal
     tolerance = 1e-6 + _angle_error(geometry, positions, torch.float32)
     for layout in get_args(Layout):
         if _match(got, [full_table(t, layout) for t in want], full_table(tolerance, layout)):
-            return layout
+            return cast(Layout, layout)
     raise UnsupportedModelError(f"{model_name}'s cos and sin are not those of {geometry} in a known layout")
 
 

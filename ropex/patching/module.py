@@ -70,14 +70,14 @@ def require_one_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     if pinned is None:
         if not counted or seen > 0:
             raise ValueError(
-                f"cache with {seen if counted else 'its'} tokens under {patched.rope.schedule!r}: its keys were rotated "
-                "for another context length than this pass would be; pin one length for the whole generation, as in "
-                "`with patch.pin_length(prompt + new tokens):`, or pass use_cache=False"
+                f"cache with {seen if counted else 'its'} tokens under {patched.rope.schedule!r}: its keys were "
+                "rotated for another context length than this pass would be; pin one length for the whole generation, "
+                "as in `with patch.pin_length(prompt + new tokens):`, or pass use_cache=False"
             )
         return
     inputs = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None), None)
     if counted and isinstance(inputs, Tensor) and seen + inputs.shape[1] > pinned:
         raise ValueError(
-            f"context of {seen + inputs.shape[1]} tokens under pin_length({pinned}): must not outgrow the pinned length; "
-            "pin the tokens of the prompt plus those to be generated, and start from an empty cache"
+            f"context of {seen + inputs.shape[1]} tokens under pin_length({pinned}): must not outgrow the pinned "
+            "length; pin the tokens of the prompt plus those to be generated, and start from an empty cache"
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ropex.kernels import rotate_with_table
+from ropex.kernels import Order, rotate_with_table
 from ropex.patching.tables import Pairing, half_table
 
 __all__ = ["Rotating", "rotary_function_name", "rotating_class"]
@@ -29,16 +29,15 @@ _PREFIX = "apply_rotary"
 class Rotating:
     """Marks the generated attention classes; last in their method resolution order."""
 
-    ropex_made_from: tuple[type[nn.Module], str, Pairing]
+    ropex_made_from: tuple[type[Any], str, Pairing]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is generated, so pickle cannot find it by name: name what generates it.
         return _new, self.ropex_made_from, self.__dict__.copy()
 
 
-def _new(base: type[nn.Module], function: str, pairing: Pairing) -> nn.Module:
-    cls = rotating_class(base, function, pairing)
-    return cls.__new__(cls)
+def _new(base: type[Any], function: str, pairing: Pairing) -> Any:
+    return object.__new__(rotating_class(base, function, pairing))
 
 
 def rotary_function_name(cls: type[nn.Module]) -> str | None:
@@ -51,24 +50,34 @@ def rotary_function_name(cls: type[nn.Module]) -> str | None:
     return next((name for name in named if callable(forward.__globals__.get(name))), None)
 
 
-def rotating_function(original: Callable[..., Any], pairing: Pairing) -> Callable[..., tuple[Tensor, Tensor]]:
+def rotating_function(original: Callable[..., Any], pairing: Pairing) -> Callable[..., Any]:
     """`rotate_with_table` with the signature of a modeling file's rotary function."""
     parameters = inspect.signature(original).parameters
     optional = list(parameters)[4:]
     default_axis = parameters["unsqueeze_dim"].default if "unsqueeze_dim" in parameters else 1
 
-    def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         options = dict(zip(optional, args, strict=False)) | kwargs
-        order = "bhsd" if options.get("unsqueeze_dim", default_axis) == 1 else "bshd"
+        order: Order = "bhsd" if options.get("unsqueeze_dim", default_axis) == 1 else "bshd"
         cos, sin = half_table(cos, pairing.table), half_table(sin, pairing.table)
-        return rotate_with_table(q, k, cos, sin, layout=pairing.channels, order=order)  # type: ignore[arg-type]
+        return rotate_with_table(q, k, cos, sin, layout=pairing.channels, order=order)
 
     return apply_rotary
 
 
-@functools.cache  # the identity of a class is the point: one per attention class and pairing
-def rotating_class(base: type[nn.Module], function: str, pairing: Pairing) -> type[nn.Module]:
+# The identity of a class is the point: one per attention class, function and pairing.
+_CLASSES: dict[tuple[type[Any], str, Pairing], type[Any]] = {}
+
+
+def rotating_class(base: type[Any], function: str, pairing: Pairing) -> type[Any]:
     """The subclass of an attention class that rotates by ropex where the base calls the global `function`."""
+    made_from = (base, function, pairing)
+    if made_from not in _CLASSES:
+        _CLASSES[made_from] = _make_class(*made_from)
+    return _CLASSES[made_from]
+
+
+def _make_class(base: type[Any], function: str, pairing: Pairing) -> type[Any]:
     forward = inspect.unwrap(base.forward)
     shadow = _shadow_module(forward.__globals__["__name__"], function, pairing)
     copied = types.FunctionType(
@@ -84,7 +93,7 @@ def rotating_class(base: type[nn.Module], function: str, pairing: Pairing) -> ty
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    return type(base)(base.__name__, (base, Rotating), namespace)
+    return types.new_class(base.__name__, (base, Rotating), {}, lambda body: body.update(namespace))
 
 
 def _shadow_module(name: str, function: str, pairing: Pairing) -> types.ModuleType:

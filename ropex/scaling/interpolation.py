@@ -44,7 +44,8 @@ class PositionInterpolation(FrequencySchedule):
         factor: target length / trained length, >= 1.
 
     Example:
-        >>> PositionInterpolation(factor=4).at(Geometry(dim=8, base=10_000.0, trained_length=2048), length=4).inv_freq[0].item()
+        >>> geometry = Geometry(dim=8, base=10_000.0, trained_length=2048)
+        >>> PositionInterpolation(factor=4).at(geometry, length=4).inv_freq[0].item()
         0.25
 
     Reference: Chen et al., Extending Context Window of Large Language Models via Positional Interpolation, 2023,

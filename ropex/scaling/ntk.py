@@ -28,7 +28,7 @@ def ntk_inv_freq(inv_freq: Tensor, alpha: float | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NTKAware(FrequencySchedule):
-    """A larger base, so that high frequencies keep and low frequencies stretch: `theta_i * alpha ** (-2 i / (dim - 2))`.
+    """A larger base: high frequencies keep, low ones stretch, `theta_i * alpha ** (-2 i / (dim - 2))`.
 
     Use it without training. A window of `factor` times the trained length needs an alpha above the factor.
 
@@ -71,8 +71,8 @@ class DynamicNTK(FrequencySchedule):
     Args:
         factor: growth of alpha with n / L, >= 1. It is transformers' `factor` of the type `dynamic`, not
             target length / trained length; 2 by default, which makes alpha = 2 n / L - 1.
-        floor: tokens; shorter contexts are served as if they had this length, so that inside it the schedule is a static
-            one. None: no floor. `patch(length=...)` sets it.
+        floor: tokens; shorter contexts are served as if they had this length, so that inside it the schedule is a
+            static one. None: no floor. `patch(length=...)` sets it.
 
     Note:
         transformers keeps the frequencies of the longest context seen so far and shares one length across a batch. Here

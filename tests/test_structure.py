@@ -1,0 +1,104 @@
+"""Promises about the tree itself: layers, light imports, documented names."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ropex
+
+ROOT = Path(ropex.__file__).parent
+REPOSITORY = ROOT.parent
+
+# Imports point strictly down, and scaling and kernels never meet.
+LAYERS = {
+    "_checks": 0,
+    "rotation": 0,
+    "scaling": 1,
+    "kernels": 1,
+    "rotary": 2,
+    "patching": 3,
+    "evaluation": 4,
+    "cli": 5,
+    "__init__": 5,
+    "__main__": 6,
+}
+MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_strictly_down(path: Path) -> None:
+    part = part_of(path)
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [node.module or ""]
+            names = [f"ropex.{alias.name}" for alias in node.names] if names == ["ropex"] else names
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, _, rest = name.partition(".")
+            if first != "ropex" or not rest:
+                continue
+            target = rest.split(".")[0]
+            if target in LAYERS and target != part:
+                below = LAYERS[target] < LAYERS[part] or (LAYERS[part] == 0 and target == "_checks")
+                assert below, f"{path} imports {name}"
+
+
+def test_every_part_has_a_layer() -> None:
+    assert {part_of(path) for path in MODULES} == set(LAYERS)
+
+
+def test_importing_ropex_is_light() -> None:
+    code = (
+        "import sys, ropex; print([m for m in ('triton', 'transformers', 'matplotlib', 'typer') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # torch itself imports triton where it finds one; ropex adds none.
+    alone = subprocess.run(
+        [sys.executable, "-c", code.replace(", ropex", ", torch")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == alone.stdout
+    assert "transformers" not in done.stdout
+
+
+def public_names() -> list[str]:
+    names = [f"ropex.{name}" for name in ropex.__all__]
+    for part in (ropex.scaling, ropex.kernels, ropex.evaluation):
+        names += [f"{part.__name__}.{name}" for name in part.__all__]
+    return names
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_every_public_name_exists_and_is_documented(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    value = getattr(importlib.import_module(module), attribute)
+    assert value.__doc__, f"{name} has no docstring"
+    pages = "\n".join(page.read_text() for page in (REPOSITORY / "docs" / "api").glob("*.md"))
+    assert re.search(rf"`{re.escape(name)}`", pages), f"docs/api does not mention {name}"
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.walk_packages([str(ROOT)], "ropex.")])
+def test_examples_in_docstrings_run(name: str) -> None:
+    if name in ("ropex.__main__",):
+        return
+    module = importlib.import_module(name)
+    names = {public: getattr(ropex, public) for public in ropex.__all__}
+    results = doctest.testmod(module, extraglobs={"torch": torch, "ropex": ropex, **names})
+    assert results.failed == 0
