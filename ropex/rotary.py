@@ -60,8 +60,10 @@ class RotaryEmbedding(nn.Module):
             )
         positions = positions.to(torch.int64)
         length = positions.amax(dim=-1) + 1
-        length = torch.where(self.pinned > 0, self.pinned, length)
-        request = Request(self.geometry, positions, length, self.training, base_inv_freq=self.inv_freq)
+        # The buffers are where the module was moved to, which need not be where its caller computes.
+        pinned, inv_freq = self.pinned.to(positions.device), self.inv_freq.to(positions.device)
+        length = torch.where(pinned > 0, pinned, length)
+        request = Request(self.geometry, positions, length, self.training, base_inv_freq=inv_freq)
         return self.schedule.rotation(request)
 
     def pin_length(self, length: int | None) -> None:

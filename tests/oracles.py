@@ -101,9 +101,19 @@ def tiny_config(family: str, **options: object) -> transformers.PretrainedConfig
     }
     if family != "gpt_neox":
         sizes["num_key_value_heads"] = 2
-    if family == "glm":
+    if family in ("glm", "mistral"):  # their configs do not derive it
         sizes["head_dim"] = 16
     return getattr(transformers, (FAMILIES | MORE_FAMILIES)[family])(**sizes, **options)
+
+
+def scaled_config(family: str, **rope_parameters: object) -> transformers.PretrainedConfig:
+    """A config that carries transformers' own scaling, the way of its version."""
+    config = tiny_config(family)
+    if hasattr(config, "rope_parameters"):
+        config.rope_parameters = {**config.rope_parameters, **rope_parameters}
+    else:
+        config.rope_scaling = rope_parameters
+    return config
 
 
 def tiny_model(family: str, seed: int = 0, **options: object) -> torch.nn.Module:

@@ -22,6 +22,7 @@ from tests.oracles import (
     MORE_FAMILIES,
     TRAINED_LENGTH,
     logits,
+    scaled_config,
     tiny_config,
     tiny_model,
     tiny_tokens,
@@ -36,9 +37,7 @@ EFFECT = 1e-3
 
 def stock(model: nn.Module, family: str, **rope_parameters: Any) -> nn.Module:
     """The same weights under transformers' own scaling."""
-    config = tiny_config(family)
-    config.rope_parameters = {**config.rope_parameters, **rope_parameters}
-    other = AutoModelForCausalLM.from_config(config).eval()
+    other = AutoModelForCausalLM.from_config(scaled_config(family, **rope_parameters)).eval()
     other.load_state_dict(model.state_dict())
     return other
 
@@ -119,6 +118,19 @@ def test_a_model_already_in_bfloat16_can_be_patched(family: str) -> None:
         assert torch.equal(rotary_of(model).rope.inv_freq, rotary_of(model).rope.geometry.inv_freq())
         assert not torch.equal(logits(model, ids), before)
     assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_patching_does_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    model, ids = tiny_model("llama"), tiny_tokens(200)
+    with ropex.patch(model, "yarn", factor=4):
+        want = logits(model, ids)
+    torch.set_default_dtype(dtype)
+    try:
+        ropex.patch(model, "yarn", factor=4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(logits(model, ids), want)
 
 
 @five_families

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ropex
-from tests.oracles import TRAINED_LENGTH, logits, tiny_config, tiny_model, tiny_tokens
+from tests.oracles import TRAINED_LENGTH, logits, scaled_config, tiny_model, tiny_tokens
 from tests.test_patch import state
 
 
@@ -90,8 +90,19 @@ def test_a_model_with_embeddings_per_layer_type() -> None:
         pad_token_id=0,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    message = r"rotary_emb\.forward.*layer_type.*must take \(x, position_ids\) alone"
+    # transformers 4 gives each layer type a module of its own, 5 one module that is told the type.
+    message = r"rotary_emb\.forward.*layer_type.*must take \(x, position_ids\) alone|has 2 rotary embedding modules"
     refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+
+
+def test_a_schedule_with_an_impossible_target() -> None:
+    class Endless(type(ropex.schedule("none"))):  # type: ignore[misc]
+        def target_length(self, trained_length: int) -> float:
+            return float("inf")
+
+    model = tiny_model("llama")
+    message = r"target_length=inf: must be an int >= 1; mend Endless\.target_length"
+    refuses(model, ValueError, message, lambda: ropex.patch(model, Endless()))
 
 
 def test_not_a_model() -> None:
@@ -100,10 +111,8 @@ def test_not_a_model() -> None:
 
 
 def scaled_model(**rope_parameters: Any) -> nn.Module:
-    config = tiny_config("llama")
-    config.rope_parameters = {**config.rope_parameters, **rope_parameters}
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(scaled_config("llama", **rope_parameters)).eval()
 
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
@@ -127,14 +136,14 @@ LONGROPE = {
 def test_a_config_that_already_carries_a_scaling(rope_parameters: dict[str, Any]) -> None:
     model = scaled_model(**rope_parameters)
     kind = rope_parameters["rope_type"]
-    message = rf'already carries a scaling of the type "{kind}": .*on_scaled="replace".*length of 128 tokens, or remove'
+    message = rf'already carries a scaling of the type "{kind}": .*on_scaled="replace".*, or remove the scaling'
     refuses(model, ValueError, message, lambda: ropex.patch(model, "yarn", factor=4))
     seen = ropex.inspect(model)
     assert (seen.scaling, seen.geometry.trained_length, seen.length) == (kind, 128, TRAINED_LENGTH)
 
     ids = tiny_tokens(500)
     own = logits(model, ids)
-    plain = scaled_model()
+    plain = tiny_model("llama")
     plain.config.max_position_embeddings = 128
     for module in plain.modules():
         if "config" in vars(module):
@@ -149,7 +158,7 @@ def test_a_dynamic_config_states_the_pretraining_length_as_the_maximum() -> None
     model = scaled_model(rope_type="dynamic", factor=2.0)
     ids = tiny_tokens(600)
     own = logits(model, ids)
-    with pytest.raises(ValueError, match=r'scaling of the type "dynamic".*length of 512 tokens'):
+    with pytest.raises(ValueError, match=r'scaling of the type "dynamic"'):
         ropex.patch(model, "yarn", factor=4)
     with ropex.patch(model, "dynamic_ntk", factor=2, on_scaled="replace", angles="float32"):
         assert (logits(model, ids) - own).abs().max() < 1e-5
@@ -158,7 +167,11 @@ def test_a_dynamic_config_states_the_pretraining_length_as_the_maximum() -> None
 
 def test_a_linear_config_does_not_tell_its_pretraining_length() -> None:
     model = scaled_model(rope_type="linear", factor=2.0)
-    message = r"rope_type='linear' without original_max_position_embeddings: .*set config\.original_max_position"
+    assert ropex.inspect(model).scaling == "linear"
+    refuses(
+        model, ValueError, r'scaling of the type "linear": scaling tw', lambda: ropex.patch(model, "yarn", factor=4)
+    )
+    message = r'"linear" and does not tell the pretraining length, .*set config\.original_max_position_embeddings'
     refuses(model, ValueError, message, lambda: ropex.patch(model, "yarn", factor=4, on_scaled="replace"))
     model.config.original_max_position_embeddings = 256
     with ropex.patch(model, "yarn", factor=4, on_scaled="replace"):
@@ -172,7 +185,11 @@ def test_a_model_that_does_not_do_what_its_config_says() -> None:
     message = r"LlamaForCausalLM's cos and sin are not those of its config: its frequencies were changed"
     refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
     model = tiny_model("llama")
-    model.model.rotary_emb.config.rope_parameters["rope_theta"] = 20_000.0
+    config = model.model.rotary_emb.config
+    if hasattr(config, "rope_parameters"):
+        config.rope_parameters["rope_theta"] = 20_000.0
+    else:
+        config.rope_theta = 20_000.0
     refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
 
 
@@ -199,6 +216,33 @@ def test_a_model_with_a_rotary_module_in_each_layer() -> None:
         layer.rotary_emb = type(model.model.rotary_emb)(model.config)
     message = r"has 3 rotary embedding modules \(model\.layers\.0\.rotary_emb, .*\): only models in which all layers"
     refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+
+
+def test_an_attention_whose_forward_was_replaced_on_the_instance() -> None:
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    attention.forward = attention.forward
+    message = r"LlamaAttention\.forward was replaced on the instance, which would hide the patch: .*patch before accel"
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+
+
+def test_a_rotary_module_of_another_kind() -> None:
+    model = tiny_model("llama")
+    del model.model.rotary_emb.config
+    message = r"model\.rotary_emb \(LlamaRotaryEmbedding\): must hold inv_freq and a config"
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+
+
+def test_a_rotary_function_that_does_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.models.llama.modeling_llama as modeling
+
+    model = tiny_model("llama")
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda q, k, cos, sin, unsqueeze_dim=1: (2 * q, 2 * k))
+    message = r"apply_rotary_pos_emb pairs channels neither as halves nor interleaved: not supported"
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", lambda q, k: (q, k))
+    with pytest.raises(ropex.UnsupportedModelError, match=r"cannot be called with \(q, k, cos, sin\)"):
+        ropex.patch(model, "yarn", factor=4)
 
 
 def test_rotary_parameters_per_layer_type() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import ropex
 from ropex.evaluation import compare_methods, perplexity_by_length
 from ropex.patching import depends_on_length
-from tests.oracles import TRAINED_LENGTH, VOCABULARY, logits, tiny_config, tiny_model, tiny_tokens
+from tests.oracles import TRAINED_LENGTH, VOCABULARY, logits, scaled_config, tiny_model, tiny_tokens
 
 LENGTH = 700
 TOKENS = tiny_tokens(LENGTH)[0]
@@ -48,10 +48,8 @@ def test_a_length_dependent_schedule_is_run_once_per_length(own: bool) -> None:
         # transformers' module keeps the frequencies of the longest pass it saw, so each pass needs a new model.
         if own:
             return ropex.patch(tiny_model("llama"), "dynamic_ntk", factor=4).model
-        config = tiny_config("llama")
-        config.rope_parameters = {**config.rope_parameters, "rope_type": "dynamic", "factor": 4.0}
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
+        return AutoModelForCausalLM.from_config(scaled_config("llama", rope_type="dynamic", factor=4.0)).eval()
 
     assert depends_on_length(fresh())
     measured = perplexity_by_length(fresh(), TOKENS, bins=(0, 520, 600, 700))

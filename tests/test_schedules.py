@@ -256,7 +256,9 @@ def test_parity_with_transformers(
     ]
     for rope_type, extra, schedule in cases:
         config = LlamaConfig(hidden_size=2 * half, num_attention_heads=1, max_position_embeddings=trained)
-        config.rope_parameters = {"rope_type": rope_type, "rope_theta": base, "factor": factor, **extra}
+        config.rope_theta = base  # where transformers 4 looks for it
+        parameters = {"rope_type": rope_type, "rope_theta": base, "factor": factor, **extra}
+        setattr(config, "rope_parameters" if hasattr(config, "rope_parameters") else "rope_scaling", parameters)
         theirs, scaling_factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=length)
         ours = schedule.at(geometry, length=length)
         # transformers rounds to float32 at every step: base ** x with an exponent near 1 loses about 20 ulp.

@@ -104,7 +104,16 @@ def plot_perplexity(path: Path, result: Mapping[str, Any], *, trained_length: in
         axes.plot(middles, measured["perplexity"], marker=marker, label=name)
     if trained_length is not None and trained_length < result["bins"][-1][1]:
         axes.axvline(trained_length, color="0.6", linestyle="--", linewidth=1)
-        axes.annotate("trained length", (trained_length, 1), xycoords=("data", "axes fraction"), color="0.4")
+        axes.annotate(
+            "trained length",
+            (trained_length, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, -5),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            color="0.4",
+        )
     axes.set(xlabel="position (tokens)", ylabel="perplexity", yscale="log", title=result["model"])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")

@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ropex.rotation import Geometry
-
-__all__ = ["UnsupportedModelError", "geometry_of", "isolate", "rope_parameters", "scaling_type", "unscaled"]
+__all__ = ["UnsupportedModelError", "own_configs", "pretraining_length", "rope_parameters", "scaling_type", "unscaled"]
 
 
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
@@ -46,20 +44,17 @@ def scaling_type(config: Any) -> str | None:
     return None if rope_type == "default" else rope_type
 
 
-def geometry_of(config: Any, dim: int) -> Geometry:
-    """How the model was pretrained: never the extended length of a config that carries a scaling."""
+def pretraining_length(config: Any) -> int | None:
+    """The context length of pretraining, in tokens; None where the config does not tell.
+
+    With `linear` it does not: transformers documents that max_position_embeddings stays, and many configs raise it.
+    """
     parameters = rope_parameters(config)
-    length = config.max_position_embeddings
-    if parameters["rope_type"] not in ("default", "dynamic"):  # transformers' dynamic extends max_position_embeddings
-        length = parameters.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        if length is None:
-            raise ValueError(
-                f"rope_type={parameters['rope_type']!r} without original_max_position_embeddings: the pretraining "
-                "length is needed and the config does not tell; set config.original_max_position_embeddings"
-            )
-    return Geometry(dim=dim, base=parameters["rope_theta"], trained_length=int(length))
+    if parameters["rope_type"] in ("default", "dynamic"):  # dynamic extends what max_position_embeddings says
+        return int(config.max_position_embeddings)
+    stated = parameters.get("original_max_position_embeddings")
+    length = stated or getattr(config, "original_max_position_embeddings", None)
+    return int(length) if length is not None else None
 
 
 def unscaled(config: Any) -> Any:
@@ -73,13 +68,11 @@ def unscaled(config: Any) -> Any:
     return config
 
 
-def isolate(model: nn.Module) -> None:
-    """Give the model its own copy of its config, where every part of the model refers to it.
+def own_configs(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """A copy of each config in the model, for every part of the model that refers to it.
 
     Models built from one config object share it, and a patch of one must not show in the other.
     """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if hasattr(config, "to_dict"):
-            module.__dict__["config"] = copy.deepcopy(config, memo)  # the memo keeps one copy of each, nested ones too
+    memo: dict[int, Any] = {}  # keeps one copy of each, nested ones too
+    configs = ((module, module.__dict__.get("config")) for module in model.modules())
+    return [(module, copy.deepcopy(config, memo)) for module, config in configs if hasattr(config, "to_dict")]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ropex.kernels import Layout, rotate_with_table, table
-from ropex.patching.config import UnsupportedModelError, geometry_of, scaling_type, unscaled
+from ropex.patching.config import UnsupportedModelError, pretraining_length, rope_parameters, scaling_type, unscaled
 from ropex.patching.module import PatchedRotary
 from ropex.patching.swap import rotary_function_name
 from ropex.patching.tables import Pairing, full_table
@@ -34,6 +34,7 @@ class Site:
         pairing: the layouts, found by probing.
         geometry: how the model was pretrained.
         scaling: the type of scaling that the config carries, or None.
+        length_known: whether the config tells the pretraining length; the geometry has the maximum length otherwise.
     """
 
     owner: nn.Module
@@ -44,6 +45,7 @@ class Site:
     pairing: Pairing
     geometry: Geometry
     scaling: str | None
+    length_known: bool
 
 
 def find_patched(model: nn.Module) -> tuple[nn.Module, str, PatchedRotary] | None:
@@ -81,21 +83,37 @@ def find_site(model: nn.Module) -> Site:
             f"{model_name}'s {path}.forward{inspect.signature(rotary.forward)}: must take (x, position_ids) alone; "
             "embeddings per layer type are not supported"
         )
+    config: Any = getattr(rotary, "config", None)
+    if not hasattr(rotary, "inv_freq") or not hasattr(config, "max_position_embeddings"):
+        raise UnsupportedModelError(
+            f"{model_name}'s {path} ({type(rotary).__name__}): must hold inv_freq and a config with "
+            "max_position_embeddings, as transformers' rotary modules do"
+        )
     attentions = _find_attentions(model)
     if not attentions:
         raise UnsupportedModelError(
             f"{model_name} has a rotary embedding module ({path}) but no attention that calls a rotary function with "
             "its cos and sin, so a patch would change nothing"
         )
-    config: Any = rotary.config
+    if replaced := [attention for attention, _ in attentions if "forward" in vars(attention)]:
+        raise UnsupportedModelError(
+            f"{model_name}'s {type(replaced[0]).__name__}.forward was replaced on the instance, which would hide the "
+            "patch: must be the class's own; patch before accelerate or another library hooks the model"
+        )
     scaling = scaling_type(config)
-    geometry = geometry_of(config, dim=2 * rotary.get_buffer("inv_freq").shape[-1])
+    known = pretraining_length(config)
+    geometry = Geometry(
+        dim=2 * rotary.get_buffer("inv_freq").shape[-1],
+        base=rope_parameters(config)["rope_theta"],
+        trained_length=known if known is not None else config.max_position_embeddings,
+    )
     layout = _probe_table(model_name, rotary, geometry, scaled=scaling is not None)
-    channels = {_probe_channels(model_name, attention, name_, layout, geometry) for attention, name_ in attentions}
+    kinds = {type(attention): (attention, function) for attention, function in attentions}
+    channels = {_probe_channels(model_name, *kind, layout, geometry) for kind in kinds.values()}
     if len(channels) > 1:
         raise UnsupportedModelError(f"{model_name}'s attentions pair channels in different ways; not supported")
     pairing = Pairing(layout, channels.pop())
-    return Site(owner, name, path, rotary, attentions, pairing, geometry, scaling)
+    return Site(owner, name, path, rotary, attentions, pairing, geometry, scaling, known is not None)
 
 
 def check_in_effect(patched: PatchedRotary) -> None:
@@ -105,9 +123,9 @@ def check_in_effect(patched: PatchedRotary) -> None:
     if device.type == "meta":
         return
     positions = probe_positions(geometry.trained_length).to(device)
-    got = patched(torch.zeros((), device=device), positions)
+    got = patched(_like_hidden_states(device), positions)
     layout = patched.pairing.table
-    tolerance = torch.full((geometry.dim // 2,), 1e-6, device=device)
+    tolerance = torch.full((geometry.dim // 2,), 1e-6, device=device, dtype=torch.float64)
     if patched.angles == "float32":
         tolerance = tolerance + _angle_error(geometry, positions, torch.float32)
     want = _tables_in_float64(schedule, geometry, positions)
@@ -147,16 +165,16 @@ def _probe_table(model_name: str, rotary: nn.Module, geometry: Geometry, *, scal
     if not buffer.is_meta:
         # transformers' dynamic modules change in a call: they keep a long one's frequencies until a short one comes.
         live = copy.deepcopy(rotary)
-        live(torch.zeros((), device=buffer.device), torch.zeros_like(positions, device=buffer.device))
-        got = live(torch.zeros((), device=buffer.device), positions.to(buffer.device))
+        live(_like_hidden_states(buffer.device), torch.zeros_like(positions, device=buffer.device))
+        got = live(_like_hidden_states(buffer.device), positions.to(buffer.device))
         tolerance = 1e-6 + _angle_error(geometry, positions, buffer.dtype)
-        if not _match(got, fresh(torch.zeros(()), positions), full_table(tolerance, "half")):
+        if not _match(got, fresh(_like_hidden_states(), positions), full_table(tolerance, "half")):
             raise UnsupportedModelError(
                 f"{model_name}'s cos and sin are not those of its config: its frequencies were changed after it was "
                 "made; load the model anew, or remove what changed them"
             )
     plain = _rebuild(model_name, rotary, unscaled(config)) if scaled else fresh
-    got = plain(torch.zeros(()), positions)
+    got = plain(_like_hidden_states(), positions)
     want = _tables_in_float64(Unscaled(), geometry, positions)
     tolerance = 1e-6 + _angle_error(geometry, positions, torch.float32)
     for layout in get_args(Layout):
@@ -185,10 +203,10 @@ def _probe_channels(
     cos, sin = table(rotation)
     full = [full_table(t, layout) for t in (cos, sin)]
     generator = torch.Generator().manual_seed(geometry.dim)
-    candidates: set[Layout] = set(get_args(Layout))
+    candidates: list[Layout] = list(get_args(Layout))
     # The second width tells whether channels beyond the rotary dimension pass; some functions take no such heads.
     for width in (geometry.dim, _head_dim(attention, geometry.dim)):
-        q, k = (torch.randn(1, 1, positions.shape[1], width, generator=generator) for _ in range(2))
+        q, k = torch.randn(2, 1, 1, positions.shape[1], width, generator=generator, dtype=torch.float32)
         try:
             got = function(q.clone(), k.clone(), *full)
         except Exception as error:
@@ -197,12 +215,12 @@ def _probe_channels(
             raise UnsupportedModelError(
                 f"{model_name}'s {function_name} cannot be called with (q, k, cos, sin): {error}"
             ) from error
-        candidates = {c for c in candidates if _match(got, rotate_with_table(q, k, cos, sin, layout=c), 1e-5)}
+        candidates = [c for c in candidates if _match(got, rotate_with_table(q, k, cos, sin, layout=c), 1e-5)]
     if not candidates:
         raise UnsupportedModelError(
             f"{model_name}'s {function_name} pairs channels neither as halves nor interleaved: not supported"
         )
-    return candidates.pop()
+    return candidates[0]
 
 
 def _head_dim(attention: nn.Module, default: int) -> int:
@@ -219,6 +237,11 @@ def _tables_in_float64(schedule: FrequencySchedule, geometry: Geometry, position
 def _angle_error(geometry: Geometry, positions: Tensor, dtype: torch.dtype) -> Tensor:
     """How far angles may be off whose frequencies and products were rounded to `dtype`, [batch, seq, half]."""
     return 4 * torch.finfo(dtype).eps * positions[..., None] * geometry.inv_freq(positions.device)
+
+
+def _like_hidden_states(device: torch.device | None = None) -> Tensor:
+    """What a rotary module takes for hidden states: it looks at the dtype and the device only."""
+    return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def _match(got: Any, want: Sequence[Tensor], tolerance: Tensor | float) -> bool:

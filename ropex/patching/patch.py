@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ropex._checks import require_choice
+from ropex._checks import require_choice, require_int
 from ropex.kernels import Angles
-from ropex.patching.config import isolate
-from ropex.patching.detect import check_in_effect, find_patched, find_site
+from ropex.patching.config import own_configs
+from ropex.patching.detect import Site, check_in_effect, find_patched, find_site
 from ropex.patching.module import PatchedRotary, require_one_length
 from ropex.patching.swap import Rotating, rotating_class
 from ropex.rotary import RotaryEmbedding
@@ -118,12 +118,8 @@ def patch(
         )
     with torch.device("cpu"):
         site = find_site(model)
-        if site.scaling is not None and on_scaled == "error":
-            raise ValueError(
-                f'{model_name}\'s config already carries a scaling of the type "{site.scaling}": scaling twice is '
-                f'rarely meant; pass on_scaled="replace" to count from the pretraining length of '
-                f"{site.geometry.trained_length} tokens, or remove the scaling from the config and load the model anew"
-            )
+        if site.scaling is not None:
+            _require_replaceable(model_name, site, on_scaled)
         schedule = schedule_for(method, site.geometry.trained_length, factor=factor, length=length, **options)
         rope = RotaryEmbedding(site.geometry, schedule)
         patched = PatchedRotary(rope, site.rotary, pairing=site.pairing, angles=angles)
@@ -131,13 +127,17 @@ def patch(
         patched.train(site.owner.training)
         check_in_effect(patched)
 
+    target = schedule.target_length(site.geometry.trained_length)
+    require_int("target_length", target, minimum=1, remedy=f"mend {type(schedule).__name__}.target_length")
     classes = [rotating_class(type(attention), function, site.pairing) for attention, function in site.attentions]
+    configs = own_configs(model)
     # Nothing has been changed so far, and nothing below can fail.
-    isolate(model)
+    for module, config in configs:
+        module.__dict__["config"] = config
     for (attention, _), cls in zip(site.attentions, classes, strict=True):
         attention.__class__ = cls
     setattr(site.owner, site.name, patched)
-    _set_max_length(patched, schedule.target_length(site.geometry.trained_length))
+    _set_max_length(patched, target)
     if schedule.length_dependent:
         patched.hook = site.owner.register_forward_pre_hook(require_one_length, with_kwargs=True)
     return Patch(model, schedule)
@@ -157,6 +157,20 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Rotating):
             module.__class__ = module.ropex_made_from[0]
+
+
+def _require_replaceable(model_name: str, site: Site, on_scaled: str) -> None:
+    carries = f'{model_name}\'s config already carries a scaling of the type "{site.scaling}"'
+    if on_scaled == "error":
+        raise ValueError(
+            f'{carries}: scaling twice is rarely meant; pass on_scaled="replace" to count from the pretraining length, '
+            "or remove the scaling from the config and load the model anew"
+        )
+    if not site.length_known:
+        raise ValueError(
+            f"{carries} and does not tell the pretraining length, which replacing it needs; "
+            "set config.original_max_position_embeddings"
+        )
 
 
 def _set_max_length(patched: PatchedRotary, length: int) -> None:

@@ -1,0 +1,52 @@
+"""README and docs say what is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import ropex
+from benchmarks import report
+from ropex.scaling.base import option_names
+
+REPOSITORY = Path(ropex.__file__).parents[1]
+PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
+
+
+def code_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
+
+
+def test_tables_are_those_of_the_results() -> None:
+    assert report.PAGE.read_text() == report.page(), "run `python -m benchmarks.report`"
+    assert report.README.read_text() == report.readme(), "run `python -m benchmarks.report`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_in_pages_compiles(page: Path) -> None:
+    for block in code_blocks(page):
+        compile(block, page.name, "exec")
+
+
+def test_the_schedule_of_the_extending_page_works() -> None:
+    (block,) = code_blocks(REPOSITORY / "docs" / "extending.md")
+    names: dict[str, object] = {"__name__": "extending"}
+    exec(compile(block, "extending.md", "exec"), names)
+    assert isinstance(names["SlowHalf"](factor=2), ropex.FrequencySchedule)  # type: ignore[operator]
+
+
+def test_readme_lists_every_method_with_its_options() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    for name, cls in ropex.methods().items():
+        (row,) = re.findall(rf"^\| `{name}`.*$", readme, flags=re.M)
+        for option in option_names(cls):
+            assert f"`{option}`" in row
