@@ -63,20 +63,19 @@ perplexity of any bin is {largest}.
 
 def patch_overhead() -> str:
     rows, stamps = [], []
-    for name in ("patch_overhead.json", "patch_overhead_bfloat16.json"):
+    for name in ("patch_overhead_cpu_float32.json", "patch_overhead_cpu_bfloat16.json"):
         result = json.loads((RESULTS / name).read_text())
         stamps.append(f"[{name}](../benchmarks/results/{name}): {environment(result)}")
-        cells = [
-            f"{r['median']:.3f} ({r['quartile_1']:.3f}-{r['quartile_3']:.3f})"
-            for r in (result["patched"], result["unpatched"])
-        ]
-        rows.append([result["environment"]["dtype"], str(result["tokens"]), str(result["pairs"]), *cells])
+        for clock in ("wall", "cpu"):
+            ratios = (result["patched"][clock], result["unpatched"][clock])
+            cells = [f"{r['median']:.3f} ({r['quartile_1']:.3f}-{r['quartile_3']:.3f})" for r in ratios]
+            rows.append([result["environment"]["dtype"], str(result["tokens"]), str(result["pairs"]), clock, *cells])
     return f"""## What a patch costs
 
 Time of a forward pass of the default model over that of the unpatched one in the same process, interleaved: median and
-quartiles. The last column, unpatched over unpatched, is the machine's noise.
+quartiles, of wall-clock and of processor time. The last column, unpatched over unpatched, is the machine's noise.
 
-{table(["dtype", "tokens", "pairs", "patched / unpatched", "unpatched / unpatched"], rows)}
+{table(["dtype", "tokens", "pairs", "clock", "patched / unpatched", "unpatched / unpatched"], rows)}
 
 `python -m benchmarks.patch_overhead [--dtype bfloat16]`. {" ".join(stamps)}
 """

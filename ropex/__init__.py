@@ -6,13 +6,12 @@ measuring (`ropex.evaluation`).
 """
 
 from ropex import evaluation, kernels, scaling
+from ropex._version import __version__ as __version__
 from ropex.kernels import rotate
 from ropex.patching import Inspection, Patch, UnsupportedModelError, inspect, patch, unpatch
 from ropex.rotary import RotaryEmbedding
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling import FrequencySchedule, methods, schedule
-
-__version__ = "0.1.0"
 
 __all__ = [
     "FrequencySchedule",

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 try:
+    import matplotlib  # noqa: F401  # needed at the very end, missed at the very beginning
+    import platformdirs  # noqa: F401
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         Progress,
@@ -26,8 +29,10 @@ except ModuleNotFoundError as error:
 import torch
 
 import ropex
+from ropex._version import __version__
 from ropex.evaluation.compare import compare_methods, plot_perplexity, write_json
 from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.perplexity import bin_edges
 from ropex.scaling.base import FrequencySchedule, option_names
 from ropex.scaling.registry import schedule_class
 
@@ -44,7 +49,7 @@ class Dtype(StrEnum):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        out.print(ropex.__version__, highlight=False)
+        out.print(__version__, highlight=False)
         raise typer.Exit
 
 
@@ -99,6 +104,7 @@ def _perplexity(
     edges = _bins(bins)
     if length < 2:
         raise ValueError(f"length={length}: must be >= 2 tokens; pass the tokens of the text to use")
+    bin_edges(edges, length)
     place = _device(device)
     body, text_name = load_text(text_path)
     folder = out_dir or Path("ropex-results") / f"perplexity-{datetime.now():%Y%m%d-%H%M%S}"
@@ -154,9 +160,9 @@ def _perplexity(
             text_name=text_name,
             progress=advance,
         )
+    out.print(_table(result))
     write_json(result_path, result)
     plot_perplexity(plot_path, result, trained_length=geometry.trained_length)
-    out.print(_table(result))
     out.print(f"wrote {result_path} and {plot_path}", highlight=False, soft_wrap=True)
 
 
@@ -211,14 +217,8 @@ def _table(result: dict[str, Any]) -> Table:
 
 
 def _fail(message: str) -> NoReturn:
-    log.print(f"[bold red]error:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+    log.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(2)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def main() -> None:

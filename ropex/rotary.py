@@ -85,6 +85,8 @@ class RotaryEmbedding(nn.Module):
         # A cast would round the frequencies, `to_empty` would leave them unset, and not every device has float64:
         # they do not take part, and are made anew where the module now is.
         del self.inv_freq
-        super()._apply(fn, recurse)
-        self._fill(self.pinned.device)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._fill(self.pinned.device)
         return self

@@ -112,6 +112,7 @@ def scaled_config(family: str, **rope_parameters: object) -> transformers.Pretra
     if hasattr(config, "rope_parameters"):
         config.rope_parameters = {**config.rope_parameters, **rope_parameters}
     else:
+        config.rope_theta = rope_parameters.pop("rope_theta", config.rope_theta)
         config.rope_scaling = rope_parameters
     return config
 

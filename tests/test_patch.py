@@ -73,7 +73,13 @@ def test_equal_to_transformers_own(family: str) -> None:
     model, ids = tiny_model(family), tiny_tokens(LENGTH)
     unpatched = logits(model, ids)
     yarn = {"rope_type": "yarn", "factor": FACTOR, "original_max_position_embeddings": TRAINED_LENGTH}
-    for method, rope_parameters in {"yarn": yarn, "linear": {"rope_type": "linear", "factor": FACTOR}}.items():
+    dim, base = ropex.inspect(model).geometry.dim, ropex.inspect(model).geometry.base
+    own = {
+        "yarn": yarn,
+        "linear": {"rope_type": "linear", "factor": FACTOR},
+        "ntk": {"rope_type": "default", "rope_theta": base * FACTOR ** (dim / (dim - 2))},
+    }
+    for method, rope_parameters in own.items():
         want = logits(stock(model, family, **rope_parameters), ids)
         with ropex.patch(model, method, factor=FACTOR):
             got = logits(model, ids)
@@ -109,7 +115,7 @@ def test_bfloat16_models_rotate_in_float32(family: str) -> None:
         assert wide.dtype == torch.float64
 
 
-@five_families
+@every_family
 def test_a_model_already_in_bfloat16_can_be_patched(family: str) -> None:
     """`.to(torch.bfloat16)` has rounded transformers' own frequencies by then; the patch brings the right ones."""
     model, ids = tiny_model(family).to(torch.bfloat16), tiny_tokens(200)
@@ -304,13 +310,17 @@ def test_a_length_dependent_method_needs_a_pinned_length_for_its_cache(family: s
     total = ids.shape[1]
     with ropex.patch(model, "dynamic_ntk", factor=4) as patch, torch.no_grad():
         cache = model(input_ids=prompt, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=rf"cache with {total - 1} tokens under DynamicNTK.*pin_length"):
+        with pytest.raises(ValueError, match=rf"cache with {total - 1} tokens filled under pin_length\(None\), now"):
             model(input_ids=step, past_key_values=cache)
-        with pytest.raises(ValueError, match=r"cache with \d+ tokens under DynamicNTK"):
+        with patch.pin_length(total), pytest.raises(ValueError, match=r"pin_length\(None\), now pin_length\(\d+\)"):
+            model(input_ids=step, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"cache with \d+ tokens filled .*DynamicNTK\(.*pass use_cache=False"):
             model.generate(prompt, max_new_tokens=4, attention_mask=torch.ones_like(prompt), pad_token_id=0)
         with patch.pin_length(total):
             assert ropex.inspect(model).pinned_length == total
             cache = model(input_ids=prompt, use_cache=True).past_key_values
+            with patch.pin_length(total + 50), pytest.raises(ValueError, match=r"filled under pin_length\(612\), now"):
+                model(input_ids=step, past_key_values=cache)
             stepped = model(input_ids=step, past_key_values=cache).logits[:, -1]
             with pytest.raises(ValueError, match=rf"context of {total + 1} tokens under pin_length\({total}\)"):
                 model(input_ids=step, past_key_values=cache)
@@ -318,6 +328,26 @@ def test_a_length_dependent_method_needs_a_pinned_length_for_its_cache(family: s
         whole = logits(model, ids)[:, -1]
     assert (stepped - whole).abs().max() < LOGIT_ERROR, "under a pin, cached decoding is the full pass"
     assert (whole - logits(model, ids)[:, -1]).abs().max() > 1e-4
+
+
+def test_pinned_generation_with_every_cache_is_the_uncached_one() -> None:
+    model, ids = tiny_model("llama"), tiny_tokens(TRAINED_LENGTH + 20)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    with ropex.patch(model, "dynamic_ntk", factor=4) as patch, patch.pin_length(ids.shape[1] + 8):
+        want = model.generate(ids, use_cache=False, **options)
+        assert torch.equal(model.generate(ids, **options), want)
+        assert torch.equal(model.generate(ids, cache_implementation="static", disable_compile=True, **options), want)
+
+
+def test_a_patch_is_removed_once() -> None:
+    model = tiny_model("llama")
+    with ropex.patch(model, "yarn", factor=4) as first:
+        first.remove()
+    second = ropex.patch(model, "linear", factor=2)
+    for stale in (first.remove, lambda: first.pin_length(9)):
+        with pytest.raises(ValueError, match=r"Patch\(LlamaForCausalLM, YaRN.* is no longer in effect: it was removed"):
+            stale()
+    assert ropex.inspect(model).schedule == second.schedule == ropex.schedule("linear", factor=2)
 
 
 def test_static_methods_need_no_pin() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ropex
-from tests.oracles import TRAINED_LENGTH, logits, scaled_config, tiny_model, tiny_tokens
+from tests.oracles import TRAINED_LENGTH, logits, scaled_config, tiny_config, tiny_model, tiny_tokens
 from tests.test_patch import state
 
 
@@ -61,8 +61,8 @@ def test_not_patched() -> None:
     refuses(model, ValueError, r"LlamaForCausalLM is not patched: .*ropex\.patch", lambda: ropex.unpatch(model))
     patch = ropex.patch(model, "yarn", factor=4)
     patch.remove()
-    refuses(model, ValueError, r"is not patched", patch.remove)
-    refuses(model, ValueError, r"is not patched", lambda: patch.pin_length(10))
+    refuses(model, ValueError, r"is no longer in effect", patch.remove)
+    refuses(model, ValueError, r"is no longer in effect", lambda: patch.pin_length(10))
 
 
 def test_a_model_without_rotary_embeddings() -> None:
@@ -105,9 +105,40 @@ def test_a_schedule_with_an_impossible_target() -> None:
     refuses(model, ValueError, message, lambda: ropex.patch(model, Endless()))
 
 
-def test_not_a_model() -> None:
-    with pytest.raises(ValueError, match=r"model='llama': must be a torch\.nn\.Module; pass the loaded model"):
-        ropex.patch("llama", factor=4)  # type: ignore[arg-type]
+@pytest.mark.parametrize("call", [lambda x: ropex.patch(x, factor=4), ropex.unpatch, ropex.inspect])
+@pytest.mark.parametrize("model", ["llama", None])
+def test_not_a_model(call: Callable[[Any], object], model: Any) -> None:
+    with pytest.raises(ValueError, match=rf"model={model!r}: must be a torch\.nn\.Module; pass the loaded model"):
+        call(model)
+
+
+class Shifted(type(ropex.schedule("none"))):  # type: ignore[misc]
+    """An offset in positions, and frequencies per token: both are allowed."""
+
+    def rotation(self, request: ropex.Request) -> ropex.Rotation:
+        positions = request.positions + (5 if request.training else 3)
+        per_token = request.inv_freq().expand(*positions.shape, -1)
+        return ropex.Rotation(positions, per_token)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_schedules_may_shift_positions_and_give_frequencies_per_token(training: bool) -> None:
+    model, ids = tiny_model("llama").train(training), tiny_tokens(50)
+    want = logits(model, ids)
+    with ropex.patch(model, Shifted()):
+        assert (logits(model, ids) - want).abs().max() < 1e-5, "a shift of all positions changes no score"
+
+
+def test_half_width_tables_are_refused() -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": None}
+    version = "rope_parameters" if hasattr(tiny_config("llama"), "rope_parameters") else "rope_scaling"
+    config = transformers.GptOssConfig(**sizes, **heads, **tokens, **{version: plain[version]})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    message = r"GptOssForCausalLM's cos and sin are not those of Geometry\(.* in a known layout"
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
 
 
 def scaled_model(**rope_parameters: Any) -> nn.Module:

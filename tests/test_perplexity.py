@@ -56,6 +56,9 @@ def test_a_length_dependent_schedule_is_run_once_per_length(own: bool) -> None:
     want = [slow_nll(fresh(), start, end, context=end) for start, end in measured.bins]
     assert measured.nll == pytest.approx(want, abs=1e-5)
     assert abs(measured.nll[0] - slow_nll(fresh(), 0, 520)) > 1e-5, "one pass would have been another number"
+    model = fresh()
+    first, again = (perplexity_by_length(model, TOKENS, bins=(0, 520, 600, 700)).nll for _ in range(2))
+    assert first == again, "no pass leaves anything to the next"
 
 
 def test_a_pinned_length_needs_one_pass_only() -> None:
@@ -102,6 +105,16 @@ def test_training_mode_and_gradients_are_left_as_they_were() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_a_model_whose_forward_runs_under_autocast() -> None:
+    """As trainers in mixed precision wrap it."""
+    model = tiny_model("llama")
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    measured = perplexity_by_length(model, TOKENS, bins=EDGES)
+    want = [slow_nll(model, start, end) for start, end in measured.bins]
+    assert measured.nll == pytest.approx(want, abs=1e-4)
+    assert measured.nll != pytest.approx(perplexity_by_length(tiny_model("llama"), TOKENS, bins=EDGES).nll, abs=1e-7)
+
+
 @pytest.mark.parametrize("method", ["yarn", "dynamic_ntk"])
 def test_progress_grows_to_one(method: str) -> None:
     seen: list[float] = []
@@ -137,6 +150,8 @@ def test_a_model_that_scales_its_logits_is_refused() -> None:
         (torch.tensor([3]), r"tokens int64 \[1\]: must be int64 \[n\] with n >= 2"),
         (torch.zeros(2, 9, dtype=torch.int64), r"tokens int64 \[2, 9\]: must be int64 \[n\]"),
         (torch.zeros(9), r"tokens float32 \[9\]: must be int64"),
+        ({"input_ids": [3, 4]}, r'tokens of the type dict: must be token ids; pass tokenizer\(\.\.\.\)\["input_ids"\]'),
+        (None, r"tokens of the type NoneType: must be token ids"),
         ([3, 128], r"tokens from 3 to 128: must be in 0 \.\. 127; use the model's own tokenizer"),
         ([-1, 3], r"tokens from -1 to 3: must be in 0"),
     ],
@@ -146,7 +161,9 @@ def test_bad_tokens(tokens: Any, message: str) -> None:
         perplexity_by_length(tiny_model("llama"), tokens)
 
 
-@pytest.mark.parametrize("bins", [0, -1, 1000, (), (0,), (0, 0), (0, 800), (-1, 5), (100, 50), (0, 1, 50), True])
+@pytest.mark.parametrize(
+    "bins", [0, -1, 1000, (), (0,), (0, 0), (0, 800), (-1, 5), (100, 50), (0, 1, 50), True, None, 2.5, (0, 32.0)]
+)
 def test_bad_bins(bins: Any) -> None:
     with pytest.raises(ValueError, match=r"bins=.*: must be"):
         perplexity_by_length(tiny_model("llama"), TOKENS, bins=bins)

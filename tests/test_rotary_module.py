@@ -89,13 +89,21 @@ def test_training_mode_reaches_the_schedule() -> None:
             seen.append(request.training)
             return ropex.Rotation(request.positions, request.inv_freq())
 
-        def target_length(self, trained_length: int) -> int:
-            return trained_length
-
     rope = ropex.RotaryEmbedding(GEOMETRY, Spy())
     rope(torch.arange(3)[None])
     rope.eval()(torch.arange(3)[None])
     assert seen == [True, False]
+
+
+def test_a_move_that_fails_leaves_it_whole() -> None:
+    rope = ropex.RotaryEmbedding(GEOMETRY, ROSTER[0])
+
+    def fail(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such device")
+
+    with pytest.raises(RuntimeError, match="no such device"):
+        rope._apply(fail)
+    assert torch.equal(rope(torch.arange(3)[None]).inv_freq, GEOMETRY.inv_freq())
 
 
 def test_bad_arguments() -> None:

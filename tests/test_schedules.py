@@ -358,10 +358,16 @@ def test_bad_targets(method: Any, target: dict[str, Any], message: str) -> None:
         scaling.schedule_for(method, 2048, **target)
 
 
-@pytest.mark.parametrize("data", [{}, {"method": "yarn"}, {"method": "yarn", "options": {}, "extra": 1}])
-def test_from_dict_refuses_other_dicts(data: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"schedule dict with the keys .*: must have method and options"):
+@pytest.mark.parametrize("data", [None, {}, {"method": "yarn"}, {"method": "yarn", "options": {}, "extra": 1}])
+def test_from_dict_refuses_anything_else(data: Any) -> None:
+    with pytest.raises(ValueError, match=r": must be a dict with method and options alone; pass what to_dict"):
         scaling.from_dict(data)
+
+
+@pytest.mark.parametrize("length", [0, -3, 2.5, None])
+def test_at_needs_a_length_in_tokens(length: Any) -> None:
+    with pytest.raises(ValueError, match=r"length=.*: must be an int >= 1; pass a context length in tokens"):
+        ropex.schedule("none").at(GEOMETRIES[0], length=length)
 
 
 def test_target_lengths() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ropex._version import __version__
 from ropex.evaluation.perplexity import perplexity_by_length
 from ropex.patching import patch
 from ropex.scaling import FrequencySchedule
@@ -41,6 +42,7 @@ def compare_methods(
         model_name, text_name: what the result says of them.
         progress: called with the schedule's name and the fraction of it that is done.
     """
+    stamp = environment(next(model.parameters()))
     results: dict[str, Any] = {}
     spans: list[list[int]] = []
     for name, schedule in schedules.items():
@@ -61,7 +63,7 @@ def compare_methods(
         "tokens": torch.as_tensor(tokens).numel(),
         "bins": spans,
         "results": results,
-        "environment": environment(next(model.parameters())),
+        "environment": stamp,
     }
 
 
@@ -73,7 +75,8 @@ def environment(parameter: Tensor | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "ropex")},
+        **{package: version(package) for package in ("torch", "transformers")},
+        "ropex": __version__,
         "commit": _commit(),
     }
     if parameter is not None:
@@ -137,9 +140,15 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that ropex runs from; None where it runs from an installed package."""
+    """The commit of the checkout that ropex runs from, -dirty where files differ; None for an installed package."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
-    done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    # Results of earlier runs are no difference in what is measured.
+    outside = [".", ":!benchmarks/results", ":!docs", ":!*.md"]
+    try:
+        head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "-C", root, "diff", "--quiet", "HEAD", "--", *outside], check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if changed.returncode else "")

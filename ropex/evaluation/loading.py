@@ -57,7 +57,7 @@ def load_model(name: str | None = None, *, dtype: torch.dtype = torch.float32, d
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken directory can fail in as many ways as there are files in it
         where = "directory" if path.exists() else "neither a local path nor a model that the hub gave"
         raise ValueError(f"model {name!r} ({where}) cannot be loaded: {_first_line(error)}") from error
     return LoadedModel(model.to(device).eval(), tokenizer, title)
@@ -106,12 +106,14 @@ def _converted(gguf: Path) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
 
     import platformdirs
-
-    cached = platformdirs.user_cache_path("ropex") / f"{gguf.stem}-{digest[:16]}"
-    if cached.is_dir():
-        return cached
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # transformers 4 would read a config that 5 wrote without its theta.
+    major = transformers.__version__.partition(".")[0]
+    cached = platformdirs.user_cache_path("ropex") / f"{gguf.stem}-{digest[:16]}-transformers-{major}"
+    if cached.is_dir():
+        return cached
 
     dense = {}
     if hasattr(transformers, "GgufConfig"):  # newer ones may keep the weights packed, older ones never do
@@ -128,7 +130,7 @@ def _converted(gguf: Path) -> Path:
         except OSError:
             if not cached.is_dir():  # else another process was faster, with the same result
                 raise
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+    except Exception as error:
         raise ValueError(f"model {str(gguf)!r} cannot be converted: {_first_line(error)}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -136,4 +138,4 @@ def _converted(gguf: Path) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -74,11 +74,12 @@ def perplexity_by_length(
         (24.9, 18.3)
     """
     tokens = _as_tokens(model, tokens)
-    edges = _as_edges(bins, len(tokens))
+    edges = bin_edges(bins, len(tokens))
     require_int("chunk", chunk, minimum=1, remedy="pass how many positions' logits fit in memory")
     spans = list(itertools.pairwise(edges))
     # One pass scores every bin, or each bin is scored by a pass of its own.
-    passes = [[span] for span in spans] if depends_on_length(model) else [spans]
+    per_length = depends_on_length(model)
+    passes = [[span] for span in spans] if per_length else [spans]
     done, total = 0, sum(group[-1][1] for group in passes)
     nll: list[float] = []
     start_time = time.perf_counter()
@@ -90,6 +91,9 @@ def perplexity_by_length(
                 if progress is not None:
                     progress((done + fraction * length) / total)
 
+            if per_length:
+                # transformers' own dynamic module keeps the frequencies of the longest pass until a short one comes.
+                _token_losses(model, tokens[:2], chunk, None)
             losses = _token_losses(model, tokens[:length], chunk, report if progress is not None else None)
             # losses[i] is that of position i + 1
             nll += [losses[max(start, 1) - 1 : end - 1].to(torch.float64).mean().item() for start, end in group]
@@ -99,6 +103,10 @@ def perplexity_by_length(
 
 
 def _as_tokens(model: nn.Module, tokens: Tensor | Sequence[int]) -> Tensor:
+    if not isinstance(tokens, (Tensor, Sequence)):
+        raise ValueError(
+            f'tokens of the type {type(tokens).__name__}: must be token ids; pass tokenizer(...)["input_ids"]'
+        )
     tokens = torch.as_tensor(tokens)
     if tokens.dim() == 2 and tokens.shape[0] == 1:
         tokens = tokens[0]
@@ -114,12 +122,15 @@ def _as_tokens(model: nn.Module, tokens: Tensor | Sequence[int]) -> Tensor:
     return tokens
 
 
-def _as_edges(bins: int | Sequence[int], length: int) -> list[int]:
+def bin_edges(bins: int | Sequence[int], length: int) -> list[int]:
+    """The edges of `bins` bins over `length` tokens, or the ones given, checked."""
     if isinstance(bins, int):
         require_int("bins", bins, minimum=1, remedy="pass the number of bins, or their edges")
         edges = [round(i * length / bins) for i in range(bins + 1)]
     else:
-        edges = list(bins)
+        edges = list(bins) if isinstance(bins, Sequence) else []
+    if not all(isinstance(edge, int) for edge in edges):
+        edges = []
     increasing = all(a < b for a, b in itertools.pairwise(edges))
     if len(edges) < 2 or not increasing or edges[0] < 0 or edges[-1] > length or edges[1] < 2:
         raise ValueError(
@@ -150,13 +161,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _token_losses(model: nn.Module, tokens: Tensor, chunk: int, report: Progress | None) -> Tensor:
     """The loss of each token but the first, float32 [n - 1] on the CPU."""
     head = _output_embedding(model)
+    device = next(model.parameters()).device
+    ids = tokens[None].to(device)
     hidden: list[Tensor] = []
+    autocast: list[torch.autocast] = []
 
     def keep_all_compute_last(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden.append(args[0])
+        # Trainers wrap the model's forward in autocast; the head must run under the same one later.
+        dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        autocast.append(torch.autocast(device.type, dtype, enabled))
         return (args[0][:, -1:], *args[1:])
 
-    ids = tokens[None].to(next(model.parameters()).device)
     with ExitStack() as stack:
         handle = head.register_forward_pre_hook(keep_all_compute_last)
         stack.callback(handle.remove)
@@ -164,7 +180,10 @@ def _token_losses(model: nn.Module, tokens: Tensor, chunk: int, report: Progress
             for layer_handle in _report_layers(model, report):
                 stack.callback(layer_handle.remove)
         logits = model(input_ids=ids, use_cache=False).logits
-    last = head(hidden[0][:, -1:]).to(logits.dtype) if len(hidden) == 1 else None
+    last = None
+    if len(hidden) == 1:
+        with autocast[0]:
+            last = head(hidden[0][:, -1:]).to(logits.dtype)
     if last is None or not torch.allclose(last, logits[:, -1:], rtol=0, atol=0, equal_nan=True):
         raise ValueError(
             f"{type(model).__name__} computes its logits from more than its output embedding: not supported, because "
@@ -173,7 +192,8 @@ def _token_losses(model: nn.Module, tokens: Tensor, chunk: int, report: Progress
     losses = []
     for start in range(0, ids.shape[1] - 1, chunk):
         end = min(start + chunk, ids.shape[1] - 1)
-        chunk_logits = head(hidden[0][0, start:end]).to(torch.float32)
+        with autocast[0]:
+            chunk_logits = head(hidden[0][0, start:end]).to(torch.float32)
         losses.append(F.cross_entropy(chunk_logits, ids[0, start + 1 : end + 1], reduction="none").cpu())
         if report is not None:
             report(_PASS_SHARE + (1 - _PASS_SHARE) * end / (ids.shape[1] - 1))
@@ -192,8 +212,8 @@ _PASS_SHARE = 0.8  # of the time of a pass and its losses, for the progress bar;
 
 def _report_layers(model: nn.Module, report: Progress) -> list[torch.utils.hooks.RemovableHandle]:
     """Hooks on the model's stack of layers that report how much of a pass is done."""
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(stacks, key=len, default=nn.ModuleList())
+    # The first one met from outside; experts and the like lie within it.
+    layers = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
 
     def after(number: int) -> Callable[..., None]:
         return lambda *_: report(_PASS_SHARE * number / len(layers))

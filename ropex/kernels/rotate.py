@@ -151,6 +151,11 @@ def _check_rotation(rotation: Rotation, angles: str) -> tuple[int, int]:
     """Raise unless the rotation's tensors fit each other; its [batch, seq]."""
     require_choice("angles", angles, ("exact", "float32"))
     positions, inv_freq, amplitude = rotation
+    if not isinstance(positions, Tensor) or not isinstance(inv_freq, Tensor):
+        kinds = f"{type(positions).__name__} and {type(inv_freq).__name__}"
+        raise ValueError(f"positions and inv_freq of the types {kinds}: must be tensors; convert them")
+    if not isinstance(amplitude, (int, float, Tensor)):
+        raise ValueError(f"amplitude={amplitude!r}: must be a number or a tensor; pass 1.0 for none")
     if positions.dim() != 2 or positions.dtype != torch.int64:
         raise ValueError(
             f"positions {_describe(positions)}: must be int64 [batch, seq]; a fractional scale belongs in inv_freq"
@@ -170,10 +175,16 @@ def _check_rotation(rotation: Rotation, angles: str) -> tuple[int, int]:
             f"amplitude {_describe(amplitude)}: must broadcast against [{batch}, {seq}, {half}]; "
             "pass a number, or one value per sample as [batch, 1, 1]"
         )
-    if inv_freq.device != positions.device:
-        raise ValueError(
-            f"positions on {positions.device}, inv_freq on {inv_freq.device}: must be on one device; move one of them"
-        )
+    for name, value in (("inv_freq", inv_freq), ("amplitude", amplitude)):
+        # A 0-d tensor on the CPU goes with every device.
+        if (
+            isinstance(value, Tensor)
+            and value.device != positions.device
+            and (value.dim() or value.device.type != "cpu")
+        ):
+            raise ValueError(
+                f"positions on {positions.device}, {name} on {value.device}: must be on one device; move one of them"
+            )
     return batch, seq
 
 
@@ -183,8 +194,10 @@ def _check_heads(
     axes = "[batch, heads, seq, head_dim]" if order == "bhsd" else "[batch, seq, heads, head_dim]"
     seq_axis = 2 if order == "bhsd" else 1
     for name, x in (("q", q), ("k", k)):
-        if x is None:
+        if x is None and name == "k":
             continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} of the type {type(x).__name__}: must be a tensor {axes}; convert it")
         if x.dim() != 4 or not x.is_floating_point():
             raise ValueError(f"{name} {_describe(x)}: must be a floating-point {axes}; reshape or cast it")
         if x.shape[-1] < 2 * half:

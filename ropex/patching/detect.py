@@ -16,8 +16,8 @@ from ropex.patching.config import UnsupportedModelError, pretraining_length, rop
 from ropex.patching.module import PatchedRotary
 from ropex.patching.swap import rotary_function_name
 from ropex.patching.tables import Pairing, full_table
-from ropex.rotation import Geometry, Rotation
-from ropex.scaling import FrequencySchedule, Unscaled
+from ropex.rotation import Geometry, Request, Rotation
+from ropex.scaling import Unscaled
 
 __all__ = ["Site", "check_in_effect", "find_patched", "find_site", "probe_positions"]
 
@@ -50,6 +50,8 @@ class Site:
 
 def find_patched(model: nn.Module) -> tuple[nn.Module, str, PatchedRotary] | None:
     """The patch's rotary module in a model, with its owner and attribute name; None where there is no patch."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r}: must be a torch.nn.Module; pass the loaded model")
     for owner in model.modules():
         for name, child in owner.named_children():
             if isinstance(child, PatchedRotary):
@@ -128,7 +130,8 @@ def check_in_effect(patched: PatchedRotary) -> None:
     tolerance = torch.full((geometry.dim // 2,), 1e-6, device=device, dtype=torch.float64)
     if patched.angles == "float32":
         tolerance = tolerance + _angle_error(geometry, positions, torch.float32)
-    want = _tables_in_float64(schedule, geometry, positions)
+    request = Request(geometry, positions, positions.max() + 1, patched.training)
+    want = _tables_in_float64(schedule.rotation(request))
     if not _match(got, [full_table(t, layout) for t in want], full_table(tolerance, layout)):
         raise UnsupportedModelError(
             f"the patched cos and sin are not those of {schedule!r}; please report this with the model's config"
@@ -161,26 +164,33 @@ def _probe_table(model_name: str, rotary: nn.Module, geometry: Geometry, *, scal
     positions = probe_positions(geometry.trained_length)
     config: Any = rotary.config
     fresh = _rebuild(model_name, rotary, config)
+    plain = _rebuild(model_name, rotary, unscaled(config)) if scaled else fresh
+    layout = _layout_of(plain(_like_hidden_states(), positions), geometry, positions)
+    if layout is None:
+        raise UnsupportedModelError(f"{model_name}'s cos and sin are not those of {geometry} in a known layout")
     buffer = rotary.get_buffer("inv_freq")
     if not buffer.is_meta:
         # transformers' dynamic modules change in a call: they keep a long one's frequencies until a short one comes.
         live = copy.deepcopy(rotary)
         live(_like_hidden_states(buffer.device), torch.zeros_like(positions, device=buffer.device))
         got = live(_like_hidden_states(buffer.device), positions.to(buffer.device))
-        tolerance = 1e-6 + _angle_error(geometry, positions, buffer.dtype)
-        if not _match(got, fresh(_like_hidden_states(), positions), full_table(tolerance, "half")):
+        tolerance = full_table(1e-6 + _angle_error(geometry, positions, buffer.dtype), layout)
+        if not _match(got, fresh(_like_hidden_states(), positions), tolerance):
             raise UnsupportedModelError(
                 f"{model_name}'s cos and sin are not those of its config: its frequencies were changed after it was "
                 "made; load the model anew, or remove what changed them"
             )
-    plain = _rebuild(model_name, rotary, unscaled(config)) if scaled else fresh
-    got = plain(_like_hidden_states(), positions)
-    want = _tables_in_float64(Unscaled(), geometry, positions)
+    return layout
+
+
+def _layout_of(got: Any, geometry: Geometry, positions: Tensor) -> Layout | None:
+    """The layout in which these tables are those of the unscaled geometry."""
+    want = _tables_in_float64(Unscaled().rotation(Request(geometry, positions, positions.max() + 1)))
     tolerance = 1e-6 + _angle_error(geometry, positions, torch.float32)
     for layout in get_args(Layout):
         if _match(got, [full_table(t, layout) for t in want], full_table(tolerance, layout)):
             return cast(Layout, layout)
-    raise UnsupportedModelError(f"{model_name}'s cos and sin are not those of {geometry} in a known layout")
+    return None
 
 
 def _rebuild(model_name: str, rotary: nn.Module, config: Any) -> nn.Module:
@@ -227,9 +237,8 @@ def _head_dim(attention: nn.Module, default: int) -> int:
     return next((getattr(attention, name) for name in ("head_dim", "head_size") if hasattr(attention, name)), default)
 
 
-def _tables_in_float64(schedule: FrequencySchedule, geometry: Geometry, positions: Tensor) -> tuple[Tensor, Tensor]:
-    length = int(positions.max()) + 1
-    _, inv_freq, amplitude = schedule.at(geometry, length=length, device=positions.device)
+def _tables_in_float64(rotation: Rotation) -> tuple[Tensor, Tensor]:
+    positions, inv_freq, amplitude = rotation
     angle = positions[..., None] * inv_freq
     return angle.cos() * amplitude, angle.sin() * amplitude
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ropex.kernels import Angles, table
 from ropex.patching.tables import Pairing, full_table
 from ropex.rotary import RotaryEmbedding
 
-__all__ = ["PatchedRotary", "require_one_length"]
+__all__ = ["PatchedRotary", "mark_cache", "require_one_length"]
 
 
 class PatchedRotary(nn.Module):
@@ -37,7 +37,7 @@ class PatchedRotary(nn.Module):
         self.rope = rope
         self.pairing = pairing
         self.angles = angles
-        self.hook: RemovableHandle | None = None
+        self.hooks: list[RemovableHandle] = []
         self.max_position_embeddings: int = original.config.max_position_embeddings  # type: ignore[union-attr,assignment]
         object.__setattr__(self, "original", original)  # not a submodule: nothing may find or save it
 
@@ -56,28 +56,45 @@ class PatchedRotary(nn.Module):
 def require_one_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: refuse a pass whose frequencies would differ from those of the keys in its cache.
 
-    It looks at shapes and at the cache's own count only, never at a tensor's values.
+    It looks at shapes and at the cache's own count only, never at a tensor's values. A static cache counts in a tensor:
+    that it outgrows the pin is not seen.
 
     Raises:
-        ValueError: a length-dependent schedule meets a non-empty cache without a pinned length, or outgrows the pin.
+        ValueError: a length-dependent schedule meets a non-empty cache without a pinned length, or one that was filled
+            under another pin, or the context outgrows the pin.
     """
-    patched = next(child for child in module.children() if isinstance(child, PatchedRotary))
-    pinned = patched.rope.pinned_length
-    cache = next((value for value in (kwargs.get("past_key_values"), *args) if hasattr(value, "get_seq_length")), None)
+    schedule, pinned = _patched_in(module).rope.schedule, _patched_in(module).rope.pinned_length
+    cache = _find_cache((kwargs.get("past_key_values"), *args))
     seen = cache.get_seq_length() if cache is not None else 0
-    # A static cache counts on the device. It says 0 as long as nothing was ever written, which is all that is asked.
-    counted = isinstance(seen, int)
-    if pinned is None:
-        if not counted or seen > 0:
-            raise ValueError(
-                f"cache with {seen if counted else 'its'} tokens under {patched.rope.schedule!r}: its keys were "
-                "rotated for another context length than this pass would be; pin one length for the whole generation, "
-                "as in `with patch.pin_length(prompt + new tokens):`, or pass use_cache=False"
-            )
-        return
+    counted = isinstance(seen, int)  # an unused static cache says 0, a used one gives a tensor
+    if cache is not None and counted and seen == 0:
+        cache.ropex_pinned_length = pinned
+    elif cache is not None and (pinned is None or getattr(cache, "ropex_pinned_length", None) != pinned):
+        filled = getattr(cache, "ropex_pinned_length", None)
+        raise ValueError(
+            f"cache with {seen if counted else 'its'} tokens filled under pin_length({filled}), now "
+            f"pin_length({pinned}), with {schedule!r}: its keys were rotated for another context length than this pass "
+            "would be; pin one length before the cache is filled and keep it, as in "
+            "`with patch.pin_length(prompt + new tokens):`, or pass use_cache=False"
+        )
     inputs = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None), None)
-    if counted and isinstance(inputs, Tensor) and seen + inputs.shape[1] > pinned:
+    if pinned is not None and counted and isinstance(inputs, Tensor) and seen + inputs.shape[1] > pinned:
         raise ValueError(
             f"context of {seen + inputs.shape[1]} tokens under pin_length({pinned}): must not outgrow the pinned "
             "length; pin the tokens of the prompt plus those to be generated, and start from an empty cache"
         )
+
+
+def mark_cache(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook: note on the cache that a pass filled under which pinned length it did."""
+    cache = _find_cache(output.values() if isinstance(output, dict) else output)
+    if cache is not None:
+        cache.ropex_pinned_length = _patched_in(module).rope.pinned_length
+
+
+def _patched_in(module: nn.Module) -> PatchedRotary:
+    return next(child for child in module.children() if isinstance(child, PatchedRotary))
+
+
+def _find_cache(values: Iterable[Any]) -> Any:
+    return next((value for value in values if hasattr(value, "get_seq_length")), None)

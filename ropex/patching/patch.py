@@ -13,7 +13,7 @@ from ropex._checks import require_choice, require_int
 from ropex.kernels import Angles
 from ropex.patching.config import own_configs
 from ropex.patching.detect import Site, check_in_effect, find_patched, find_site
-from ropex.patching.module import PatchedRotary, require_one_length
+from ropex.patching.module import PatchedRotary, mark_cache, require_one_length
 from ropex.patching.swap import Rotating, rotating_class
 from ropex.rotary import RotaryEmbedding
 from ropex.scaling import FrequencySchedule, schedule_for
@@ -29,12 +29,21 @@ class Patch:
         schedule: what its rotary embedding follows.
     """
 
-    def __init__(self, model: nn.Module, schedule: FrequencySchedule) -> None:
+    def __init__(self, model: nn.Module, patched: PatchedRotary) -> None:
         self.model = model
-        self.schedule = schedule
+        self._patched = patched
+
+    @property
+    def schedule(self) -> FrequencySchedule:
+        return self._patched.rope.schedule
 
     def remove(self) -> None:
-        """Put everything back, bit for bit."""
+        """Put everything back, bit for bit.
+
+        Raises:
+            ValueError: this patch was removed before, even if the model carries another one now.
+        """
+        self._require_in_effect()
         unpatch(self.model)
 
     def pin_length(self, length: int | None) -> ExitStack:
@@ -50,7 +59,8 @@ class Patch:
             >>> with patch.pin_length(32768):  # doctest: +SKIP
             ...     model.generate(**inputs, max_new_tokens=256)
         """
-        rope = _require_patched(self.model)[2].rope
+        self._require_in_effect()
+        rope = self._patched.rope
         stack = ExitStack()
         stack.callback(rope.pin_length, rope.pinned_length)
         rope.pin_length(length)
@@ -62,7 +72,16 @@ class Patch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.remove()
+        if self._in_effect():
+            self.remove()
+
+    def _in_effect(self) -> bool:
+        found = find_patched(self.model)
+        return found is not None and found[2] is self._patched
+
+    def _require_in_effect(self) -> None:
+        if not self._in_effect():
+            raise ValueError(f"{self!r} is no longer in effect: it was removed; use what the last ropex.patch returned")
 
     def __repr__(self) -> str:
         return f"Patch({type(self.model).__name__}, {self.schedule!r})"
@@ -86,7 +105,7 @@ def patch(
     `config.max_position_embeddings` becomes the target length, on a copy of the config that this model then owns.
 
     Args:
-        model: a transformers model, or one that contains it.
+        model: a transformers model, or one that contains it; the outermost one at hand, whose config shall tell.
         method: a name from `ropex.methods()`, or a schedule.
         factor: target length / pretraining length, >= 1. (For `dynamic_ntk`: its own factor.)
         length: the target length in tokens, instead of the factor.
@@ -106,8 +125,6 @@ def patch(
         >>> patch(model, method="yarn", factor=8)  # doctest: +SKIP
         Patch(LlamaForCausalLM, YaRN(factor=8, ...))
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model={model!r}: must be a torch.nn.Module; pass the loaded model")
     require_choice("angles", angles, ("exact", "float32"))
     require_choice("on_scaled", on_scaled, ("error", "replace"))
     model_name = type(model).__name__
@@ -139,8 +156,9 @@ def patch(
     setattr(site.owner, site.name, patched)
     _set_max_length(patched, target)
     if schedule.length_dependent:
-        patched.hook = site.owner.register_forward_pre_hook(require_one_length, with_kwargs=True)
-    return Patch(model, schedule)
+        patched.hooks.append(site.owner.register_forward_pre_hook(require_one_length, with_kwargs=True))
+        patched.hooks.append(site.owner.register_forward_hook(mark_cache))
+    return Patch(model, patched)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -150,8 +168,8 @@ def unpatch(model: nn.Module) -> None:
         ValueError: the model is not patched.
     """
     owner, name, patched = _require_patched(model)
-    if patched.hook is not None:
-        patched.hook.remove()
+    for hook in patched.hooks:
+        hook.remove()
     _set_max_length(patched, patched.max_position_embeddings)
     setattr(owner, name, patched.original)
     for module in model.modules():

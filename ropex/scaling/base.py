@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ropex._checks import require_number
+from ropex._checks import require_int, require_number
 from ropex.rotation import Geometry, Request, Rotation
 
 __all__ = ["FrequencySchedule"]
@@ -39,12 +39,13 @@ class FrequencySchedule(abc.ABC):
     def rotation(self, request: Request) -> Rotation:
         """By how much each pair turns at each token of this pass."""
 
-    @abc.abstractmethod
     def target_length(self, trained_length: int) -> int:
-        """The context length, in tokens, that this schedule is meant to reach."""
+        """The context length, in tokens, that this schedule is meant to reach: `factor` times the trained one."""
+        return round(getattr(self, "factor", 1) * trained_length)
 
     def at(self, geometry: Geometry, *, length: int, device: torch.device | str | None = None) -> Rotation:
         """The rotation of positions 0 .. length - 1, one row, in evaluation mode; for plots, exports and tests."""
+        require_int("length", length, minimum=1, remedy="pass a context length in tokens")
         positions = torch.arange(length, device=device)[None]
         return self.rotation(Request(geometry, positions, torch.tensor(length, device=device)))
 

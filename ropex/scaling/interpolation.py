@@ -30,9 +30,6 @@ class Unscaled(FrequencySchedule):
     def rotation(self, request: Request) -> Rotation:
         return Rotation(request.positions, request.inv_freq())
 
-    def target_length(self, trained_length: int) -> int:
-        return trained_length
-
 
 @dataclass(frozen=True)
 class PositionInterpolation(FrequencySchedule):
@@ -60,6 +57,3 @@ class PositionInterpolation(FrequencySchedule):
 
     def rotation(self, request: Request) -> Rotation:
         return Rotation(request.positions, request.inv_freq() / self.factor)
-
-    def target_length(self, trained_length: int) -> int:
-        return round(self.factor * trained_length)

@@ -56,9 +56,6 @@ class NTKAware(FrequencySchedule):
         alpha = self.factor if self.alpha is None else self.alpha
         return Rotation(request.positions, ntk_inv_freq(request.inv_freq(), alpha))
 
-    def target_length(self, trained_length: int) -> int:
-        return round(self.factor * trained_length)
-
 
 @dataclass(frozen=True)
 class DynamicNTK(FrequencySchedule):
@@ -104,4 +101,4 @@ class DynamicNTK(FrequencySchedule):
         return Rotation(request.positions, ntk_inv_freq(inv_freq, alpha[:, None, None] if alpha.dim() else alpha))
 
     def target_length(self, trained_length: int) -> int:
-        return self.floor if self.floor is not None else round(self.factor * trained_length)
+        return self.floor if self.floor is not None else super().target_length(trained_length)

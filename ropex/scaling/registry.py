@@ -135,8 +135,6 @@ def from_dict(data: Mapping[str, Any]) -> FrequencySchedule:
         >>> from_dict({"method": "linear", "options": {"factor": 4}})
         PositionInterpolation(factor=4)
     """
-    if set(data) != {"method", "options"}:
-        raise ValueError(
-            f"schedule dict with the keys {sorted(data)}: must have method and options; pass what to_dict() gave"
-        )
+    if not isinstance(data, Mapping) or set(data) != {"method", "options"}:
+        raise ValueError(f"{data!r}: must be a dict with method and options alone; pass what to_dict() gave")
     return schedule(data["method"], **data["options"])

@@ -95,9 +95,6 @@ class YaRN(FrequencySchedule):
             inv_freq = inv_freq / (ramp * self.factor + (1 - ramp))
         return Rotation(request.positions, inv_freq, self._amplitude())
 
-    def target_length(self, trained_length: int) -> int:
-        return round(self.factor * trained_length)
-
     def _ramp(self, geometry: Geometry, inv_freq: Tensor) -> Tensor:
         """How much of each pair is interpolated, 0 to 1."""
         if self.ramp == "rotations":
