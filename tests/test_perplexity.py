@@ -105,6 +105,14 @@ def test_training_mode_and_gradients_are_left_as_they_were() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_a_compiled_model() -> None:
+    torch.compiler.reset()
+    model = tiny_model("llama")
+    want = perplexity_by_length(model, TOKENS, bins=EDGES)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert perplexity_by_length(compiled, TOKENS, bins=EDGES).nll == pytest.approx(want.nll, abs=1e-6)
+
+
 def test_a_model_whose_forward_runs_under_autocast() -> None:
     """As trainers in mixed precision wrap it."""
     model = tiny_model("llama")
@@ -152,6 +160,7 @@ def test_a_model_that_scales_its_logits_is_refused() -> None:
         (torch.zeros(9), r"tokens float32 \[9\]: must be int64"),
         ({"input_ids": [3, 4]}, r'tokens of the type dict: must be token ids; pass tokenizer\(\.\.\.\)\["input_ids"\]'),
         (None, r"tokens of the type NoneType: must be token ids"),
+        (["a", "b"], r"tokens: must be token ids, int64 \[n\]; "),
         ([3, 128], r"tokens from 3 to 128: must be in 0 \.\. 127; use the model's own tokenizer"),
         ([-1, 3], r"tokens from -1 to 3: must be in 0"),
     ],

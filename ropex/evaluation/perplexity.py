@@ -107,7 +107,10 @@ def _as_tokens(model: nn.Module, tokens: Tensor | Sequence[int]) -> Tensor:
         raise ValueError(
             f'tokens of the type {type(tokens).__name__}: must be token ids; pass tokenizer(...)["input_ids"]'
         )
-    tokens = torch.as_tensor(tokens)
+    try:
+        tokens = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"tokens: must be token ids, int64 [n]; {error}") from None
     if tokens.dim() == 2 and tokens.shape[0] == 1:
         tokens = tokens[0]
     if tokens.dim() != 1 or len(tokens) < 2 or tokens.dtype != torch.int64:
@@ -180,11 +183,14 @@ def _token_losses(model: nn.Module, tokens: Tensor, chunk: int, report: Progress
             for layer_handle in _report_layers(model, report):
                 stack.callback(layer_handle.remove)
         logits = model(input_ids=ids, use_cache=False).logits
-    last = None
+    explained = False
     if len(hidden) == 1:
         with autocast[0]:
-            last = head(hidden[0][:, -1:]).to(logits.dtype)
-    if last is None or not torch.allclose(last, logits[:, -1:], rtol=0, atol=0, equal_nan=True):
+            last = head(hidden[0][:, -1:])
+        # Equal bits in eager mode; a compiled model may round otherwise.
+        rounding = 8 * torch.finfo(last.dtype).eps * last.abs().nan_to_num(0, 0).max().item()
+        explained = torch.allclose(last.to(logits.dtype), logits[:, -1:], rtol=0, atol=rounding, equal_nan=True)
+    if not explained:
         raise ValueError(
             f"{type(model).__name__} computes its logits from more than its output embedding: not supported, because "
             "the loss is computed from it in chunks"
@@ -207,7 +213,9 @@ def _token_losses(model: nn.Module, tokens: Tensor, chunk: int, report: Progress
     return joined
 
 
-_PASS_SHARE = 0.8  # of the time of a pass and its losses, for the progress bar; 0.76 measured on a 135M model
+_PASS_SHARE = (
+    0.8  # of the time of a pass and its losses, for the progress bar; 0.79 seen at 2,048 tokens, 0.84 at 4,096
+)
 
 
 def _report_layers(model: nn.Module, report: Progress) -> list[torch.utils.hooks.RemovableHandle]:

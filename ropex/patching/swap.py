@@ -4,7 +4,8 @@ An attention's forward finds its rotary function as a global of its modeling fil
 generated subclass whose forward is the same code over other globals: those of a shadow module, a copy of the modeling
 file's namespace with the one function replaced. A class, because torch.compile guards on the type of a module and not
 on methods bound to an instance (two patched models in one process would get each other's graph); a module in
-`sys.modules`, because the compiler looks a function's globals up by their module's name.
+`sys.modules`, because the compiler looks a function's globals up by their module's name. The copy is made at the first
+patch: what others bind in the modeling file later does not reach patched models.
 """
 
 from __future__ import annotations
