@@ -160,6 +160,7 @@ def _perplexity(
             text_name=text_name,
             progress=advance,
         )
+    out.print("negative log-likelihood (nats per token) and perplexity:", soft_wrap=True)
     out.print(_table(result))
     write_json(result_path, result)
     plot_perplexity(plot_path, result, trained_length=geometry.trained_length)
@@ -201,7 +202,7 @@ def _quiet_transformers() -> None:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(title="negative log-likelihood (nats per token) and perplexity", title_justify="left")
+    table = Table()
     table.add_column("positions", justify="right")
     for name in result["results"]:
         table.add_column(f"{name}\nnll     ppl", justify="right")
