@@ -48,8 +48,8 @@ def perplexity() -> str:
 
 {result["model"]}, trained at {trained} tokens; {result["tokens"]} tokens of `{result["text"]}`;
 protocol `{result["protocol"]}`: one pass per method, mean over the tokens of each bin. Factor 2 where the method takes
-one. No method was trained. There is no row yet for the unpatched model that sees only the last {trained} tokens, which a
-gain must be held against: perplexity alone does not show that added context is used.
+one. No method was trained. There is no row yet for the unpatched model that sees the last {trained} tokens only, which
+a gain must be held against: perplexity alone does not show that added context is used.
 
 {perplexity_table()}
 

@@ -78,8 +78,11 @@ class RotaryEmbedding(nn.Module):
         return f"{self.geometry}, {self.schedule}{pinned}"
 
     def _fill(self, device: torch.device) -> None:
-        self.register_buffer("inv_freq", self.geometry.inv_freq(device), persistent=False)
-        self.register_buffer("pinned", torch.tensor(self.pinned_length or 0, device=device), persistent=False)
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be pinned or trained with later
+            inv_freq = self.geometry.inv_freq(device)
+            pinned = torch.tensor(self.pinned_length or 0, device=device)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("pinned", pinned, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         # A cast would round the frequencies, `to_empty` would leave them unset, and not every device has float64:

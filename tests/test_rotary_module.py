@@ -106,6 +106,15 @@ def test_a_move_that_fails_leaves_it_whole() -> None:
     assert torch.equal(rope(torch.arange(3)[None]).inv_freq, GEOMETRY.inv_freq())
 
 
+def test_made_in_inference_mode_it_can_be_pinned_and_trained_with_later() -> None:
+    with torch.inference_mode():
+        rope = ropex.RotaryEmbedding(GEOMETRY, ropex.schedule("dynamic_ntk"))
+    rope.pin_length(9000)
+    q = torch.randn(1, 2, 5, 128, requires_grad=True)
+    ropex.rotate(q, rotation=rope(torch.arange(5)[None])).sum().backward()
+    assert q.grad is not None
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"geometry=64: must be a ropex\.Geometry; pass Geometry\(dim="):
         ropex.RotaryEmbedding(64, ROSTER[0])  # type: ignore[arg-type]
