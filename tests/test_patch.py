@@ -139,6 +139,17 @@ def test_patching_does_not_depend_on_the_default_dtype(dtype: torch.dtype) -> No
     assert torch.equal(logits(model, ids), want)
 
 
+def test_patching_does_not_depend_on_the_default_device() -> None:
+    model, ids = tiny_model("llama"), tiny_tokens(200)
+    seen = ropex.inspect(model)
+    with ropex.patch(model, "yarn", factor=4):
+        want = logits(model, ids)
+    with torch.device("meta"):
+        assert ropex.inspect(model) == seen
+        ropex.patch(model, "yarn", factor=4)
+    assert torch.equal(logits(model, ids), want)
+
+
 @five_families
 def test_position_ids_and_padding(family: str) -> None:
     model, ids = tiny_model(family), tiny_tokens(40)

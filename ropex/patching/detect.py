@@ -19,7 +19,7 @@ from ropex.patching.tables import Pairing, full_table
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling import Unscaled
 
-__all__ = ["Site", "check_in_effect", "find_patched", "find_site", "probe_positions"]
+__all__ = ["Site", "check_in_effect", "find_patched", "find_site"]
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ def find_site(model: nn.Module) -> Site:
         base=rope_parameters(config)["rope_theta"],
         trained_length=known if known is not None else config.max_position_embeddings,
     )
-    layout = _probe_table(model_name, rotary, geometry, scaled=scaling is not None)
     kinds = {type(attention): (attention, function) for attention, function in attentions}
-    channels = {_probe_channels(model_name, *kind, layout, geometry) for kind in kinds.values()}
+    with torch.device("cpu"):
+        layout = _probe_table(model_name, rotary, geometry, scaled=scaling is not None)
+        channels = {_probe_channels(model_name, *kind, layout, geometry) for kind in kinds.values()}
     if len(channels) > 1:
         raise UnsupportedModelError(f"{model_name}'s attentions pair channels in different ways; not supported")
     pairing = Pairing(layout, channels.pop())
@@ -124,21 +125,23 @@ def check_in_effect(patched: PatchedRotary) -> None:
     device = patched.rope.inv_freq.device
     if device.type == "meta":
         return
-    positions = probe_positions(geometry.trained_length).to(device)
-    got = patched(_like_hidden_states(device), positions)
-    layout = patched.pairing.table
-    tolerance = torch.full((geometry.dim // 2,), 1e-6, device=device, dtype=torch.float64)
-    if patched.angles == "float32":
-        tolerance = tolerance + _angle_error(geometry, positions, torch.float32)
-    request = Request(geometry, positions, positions.max() + 1, patched.training)
-    want = _tables_in_float64(schedule.rotation(request))
-    if not _match(got, [full_table(t, layout) for t in want], full_table(tolerance, layout)):
+    with torch.device("cpu"):
+        positions = _probe_positions(geometry.trained_length).to(device)
+        got = patched(_like_hidden_states(device), positions)
+        layout = patched.pairing.table
+        tolerance = torch.full((geometry.dim // 2,), 1e-6, device=device, dtype=torch.float64)
+        if patched.angles == "float32":
+            tolerance = tolerance + _angle_error(geometry, positions, torch.float32)
+        request = Request(geometry, positions, positions.max() + 1, patched.training)
+        want = [full_table(t, layout) for t in _tables_in_float64(schedule.rotation(request))]
+        in_effect = _match(got, want, full_table(tolerance, layout))
+    if not in_effect:
         raise UnsupportedModelError(
             f"the patched cos and sin are not those of {schedule!r}; please report this with the model's config"
         )
 
 
-def probe_positions(trained_length: int) -> Tensor:
+def _probe_positions(trained_length: int) -> Tensor:
     """Positions that tell one frequency from another: the first ones, the last trained one, and some between."""
     generator = torch.Generator().manual_seed(trained_length)
     between = torch.randint(trained_length, (5,), generator=generator)
@@ -161,7 +164,7 @@ def _probe_table(model_name: str, rotary: nn.Module, geometry: Geometry, *, scal
     The live module may be on any device and its buffer may have been cast; a fresh one of the same class and config
     says what it should do.
     """
-    positions = probe_positions(geometry.trained_length)
+    positions = _probe_positions(geometry.trained_length)
     config: Any = rotary.config
     fresh = _rebuild(model_name, rotary, config)
     plain = _rebuild(model_name, rotary, unscaled(config)) if scaled else fresh
@@ -195,8 +198,7 @@ def _layout_of(got: Any, geometry: Geometry, positions: Tensor) -> Layout | None
 
 def _rebuild(model_name: str, rotary: nn.Module, config: Any) -> nn.Module:
     try:
-        with torch.device("cpu"):
-            return type(rotary)(config)
+        return type(rotary)(config)
     except Exception as error:
         raise UnsupportedModelError(
             f"{model_name}'s {type(rotary).__name__} cannot be made from its config: {error}"
@@ -208,7 +210,7 @@ def _probe_channels(
 ) -> Layout:
     """Which channels the attention's rotary function pairs; it must do nothing but rotate them."""
     function = inspect.unwrap(type(attention).forward).__globals__[function_name]
-    positions = probe_positions(geometry.trained_length)
+    positions = _probe_positions(geometry.trained_length)
     rotation = Rotation(positions, geometry.inv_freq())
     cos, sin = table(rotation)
     full = [full_table(t, layout) for t in (cos, sin)]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from ropex._checks import require_choice, require_int
@@ -125,7 +124,7 @@ def patch(
         >>> patch(model, method="yarn", factor=8)  # doctest: +SKIP
         Patch(LlamaForCausalLM, YaRN(factor=8, ...))
     """
-    require_choice("angles", angles, ("exact", "float32"))
+    require_choice("angles", angles, get_args(Angles))
     require_choice("on_scaled", on_scaled, ("error", "replace"))
     model_name = type(model).__name__
     if found := find_patched(model):
@@ -133,16 +132,15 @@ def patch(
             f"{model_name} is already patched with {found[2].rope.schedule!r}: must be unpatched; "
             "call ropex.unpatch(model) first"
         )
-    with torch.device("cpu"):
-        site = find_site(model)
-        if site.scaling is not None:
-            _require_replaceable(model_name, site, on_scaled)
-        schedule = schedule_for(method, site.geometry.trained_length, factor=factor, length=length, **options)
+    site = find_site(model)
+    if site.scaling is not None:
+        _require_replaceable(model_name, site, on_scaled)
+    schedule = schedule_for(method, site.geometry.trained_length, factor=factor, length=length, **options)
+    with site.rotary.get_buffer("inv_freq").device:
         rope = RotaryEmbedding(site.geometry, schedule)
-        patched = PatchedRotary(rope, site.rotary, pairing=site.pairing, angles=angles)
-        patched.rope.to(site.rotary.get_buffer("inv_freq").device)
-        patched.train(site.owner.training)
-        check_in_effect(patched)
+    patched = PatchedRotary(rope, site.rotary, pairing=site.pairing, angles=angles)
+    patched.train(site.owner.training)
+    check_in_effect(patched)
 
     target = schedule.target_length(site.geometry.trained_length)
     require_int("target_length", target, minimum=1, remedy=f"mend {type(schedule).__name__}.target_length")
