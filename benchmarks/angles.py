@@ -16,10 +16,10 @@ import mpmath
 import torch
 
 import ropex
+from benchmarks import RESULTS
 from ropex.evaluation.compare import environment, write_json
 from ropex.kernels import table
 
-RESULTS = Path(__file__).parent / "results"
 LENGTHS = (4096, 32_768, 131_072, 1_000_000, 10_000_000)
 BASES = (10_000.0, 500_000.0)
 

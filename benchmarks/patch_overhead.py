@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import ropex
+from benchmarks import RESULTS
 from ropex.evaluation.compare import environment, write_json
 from ropex.evaluation.loading import load_model, load_text
 
-RESULTS = Path(__file__).parent / "results"
 METHOD = "yarn"
 
 

@@ -16,10 +16,10 @@ import torch
 from transformers.utils import logging
 
 import ropex
+from benchmarks import RESULTS
 from ropex.evaluation.compare import compare_methods, plot_perplexity, write_json
 from ropex.evaluation.loading import LoadedModel, load_model, load_text
 
-RESULTS = Path(__file__).parent / "results"
 LIMITS = {"none": 0.001, "linear": 0.005, "ntk": 0.005, "yarn": 0.005}
 
 

@@ -12,10 +12,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import RESULTS
+
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- perplexity, by benchmarks/report.py -->", "<!-- end -->"
+
+
+def load(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return result
 
 
 def environment(result: dict[str, Any]) -> str:
@@ -31,7 +37,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def perplexity_table() -> str:
-    result = json.loads((RESULTS / "perplexity.json").read_text())
+    result = load("perplexity.json")
     methods = list(result["differences"])
     rows = [
         [f"{start}-{end}", *(f"{result['results'][m]['perplexity'][i]:.2f}" for m in methods)]
@@ -41,7 +47,7 @@ def perplexity_table() -> str:
 
 
 def perplexity() -> str:
-    result = json.loads((RESULTS / "perplexity.json").read_text())
+    result = load("perplexity.json")
     largest = ", ".join(f"{method} {difference:.1e}" for method, difference in result["differences"].items())
     trained = result["results"]["transformers yarn"]["rope_parameters"]["original_max_position_embeddings"]
     return f"""## Perplexity against position
@@ -65,7 +71,7 @@ perplexity of any bin is {largest}.
 def patch_overhead() -> str:
     rows, stamps = [], []
     for name in ("patch_overhead_cpu_float32.json", "patch_overhead_cpu_bfloat16.json"):
-        result = json.loads((RESULTS / name).read_text())
+        result = load(name)
         stamps.append(f"[{name}](../benchmarks/results/{name}): {environment(result)}")
         for clock in ("wall", "cpu"):
             ratios = (result["patched"][clock], result["unpatched"][clock])
@@ -83,7 +89,7 @@ quartiles, of wall-clock and of processor time. The last column, unpatched over 
 
 
 def angles() -> str:
-    result = json.loads((RESULTS / "angles.json").read_text())
+    result = load("angles.json")
     rows = [
         [
             f"{row['base']:g}",

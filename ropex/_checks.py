@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-__all__ = ["require_choice", "require_int", "require_number"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["describe", "require_choice", "require_int", "require_number"]
 
 
 def require_number(name: str, value: object, *, minimum: float, strict: bool = False, remedy: str) -> None:
@@ -29,3 +33,8 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     if value not in names:
         quoted = ", ".join(f'"{choice}"' for choice in names)
         raise ValueError(f"{name}={value!r}: must be one of {quoted}; pass one of them")
+
+
+def describe(x: Tensor) -> str:
+    """A tensor in an error message: its dtype and shape."""
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"

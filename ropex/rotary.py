@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ropex._checks import require_int
+from ropex._checks import describe, require_int
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling import FrequencySchedule
 
@@ -55,8 +55,8 @@ class RotaryEmbedding(nn.Module):
         """
         if positions.dim() != 2 or positions.is_floating_point():
             raise ValueError(
-                f"positions {str(positions.dtype).removeprefix('torch.')} {list(positions.shape)}: must be integers "
-                "[batch, seq]; multi-axis and fractional positions are not supported"
+                f"positions {describe(positions)}: must be integers [batch, seq]; multi-axis and fractional positions "
+                "are not supported"
             )
         positions = positions.to(torch.int64)
         length = positions.amax(dim=-1) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import platform
 import subprocess
@@ -103,7 +104,7 @@ def plot_perplexity(path: Path, result: Mapping[str, Any], *, trained_length: in
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     middles = [(start + end) / 2 for start, end in result["bins"]]
-    for (name, measured), marker in zip(result["results"].items(), _markers(), strict=False):
+    for (name, measured), marker in zip(result["results"].items(), itertools.cycle("os^Dvph*<>X"), strict=False):
         axes.plot(middles, measured["perplexity"], marker=marker, label=name)
     if trained_length is not None and trained_length < result["bins"][-1][1]:
         axes.axvline(trained_length, color="0.6", linestyle="--", linewidth=1)
@@ -124,10 +125,6 @@ def plot_perplexity(path: Path, result: Mapping[str, Any], *, trained_length: in
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def _markers() -> Sequence[str]:
-    return "os^Dvph*<>X" * 10
 
 
 def _cpu_name() -> str:

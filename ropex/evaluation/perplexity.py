@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ropex._checks import require_int
+from ropex._checks import describe, require_int
 from ropex.patching import depends_on_length
 
 __all__ = ["PerplexityByLength", "perplexity_by_length"]
@@ -114,8 +114,7 @@ def _as_tokens(model: nn.Module, tokens: Tensor | Sequence[int]) -> Tensor:
     if tokens.dim() == 2 and tokens.shape[0] == 1:
         tokens = tokens[0]
     if tokens.dim() != 1 or len(tokens) < 2 or tokens.dtype != torch.int64:
-        dtype = str(tokens.dtype).removeprefix("torch.")
-        raise ValueError(f"tokens {dtype} {list(tokens.shape)}: must be int64 [n] with n >= 2; pass one document's ids")
+        raise ValueError(f"tokens {describe(tokens)}: must be int64 [n] with n >= 2; pass one document's ids")
     vocabulary = _output_embedding(model).get_parameter("weight").shape[0]
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         raise ValueError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-from ropex._checks import require_choice
+from ropex._checks import describe, require_choice
 from ropex.kernels import reference
 from ropex.rotation import Rotation
 
@@ -17,6 +17,7 @@ Layout = Literal["half", "interleaved"]
 Order = Literal["bhsd", "bshd"]
 Angles = Literal["exact", "float32"]
 Backend = Literal["auto", "reference"]
+_LAYOUTS, _ORDERS, _ANGLES, _BACKENDS = (get_args(words) for words in (Layout, Order, Angles, Backend))
 
 
 @overload
@@ -90,7 +91,8 @@ def rotate(
     _check_options(layout, order, backend)
     rows = _check_rotation(rotation, angles)
     _check_heads(q, k, order, rows, rotation.inv_freq.shape[-1], rotation.positions.device)
-    cos, sin = table(rotation, angles=angles, dtype=torch.promote_types(q.dtype, torch.float32))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    cos, sin = reference.make_table(rotation, angles=angles, dtype=dtype)
     return _rotate(q, k, cos, sin, layout, order)
 
 
@@ -118,7 +120,7 @@ def rotate_with_table(
     _check_options(layout, order, "auto")
     if cos.dim() != 3 or cos.shape != sin.shape or not cos.is_floating_point():
         raise ValueError(
-            f"cos {_describe(cos)} and sin {_describe(sin)}: must be equal floating-point tables [1 or batch, seq, "
+            f"cos {describe(cos)} and sin {describe(sin)}: must be equal floating-point tables [1 or batch, seq, "
             "half]; pass what ropex.kernels.table gave"
         )
     _check_heads(q, k, order, (cos.shape[0], cos.shape[1]), cos.shape[-1], cos.device)
@@ -142,14 +144,14 @@ def _rotate(
 
 
 def _check_options(layout: str, order: str, backend: str) -> None:
-    require_choice("layout", layout, ("half", "interleaved"))
-    require_choice("order", order, ("bhsd", "bshd"))
-    require_choice("backend", backend, ("auto", "reference"))
+    require_choice("layout", layout, _LAYOUTS)
+    require_choice("order", order, _ORDERS)
+    require_choice("backend", backend, _BACKENDS)
 
 
 def _check_rotation(rotation: Rotation, angles: str) -> tuple[int, int]:
     """Raise unless the rotation's tensors fit each other; its [batch, seq]."""
-    require_choice("angles", angles, ("exact", "float32"))
+    require_choice("angles", angles, _ANGLES)
     positions, inv_freq, amplitude = rotation
     if not isinstance(positions, Tensor) or not isinstance(inv_freq, Tensor):
         kinds = f"{type(positions).__name__} and {type(inv_freq).__name__}"
@@ -158,21 +160,21 @@ def _check_rotation(rotation: Rotation, angles: str) -> tuple[int, int]:
         raise ValueError(f"amplitude={amplitude!r}: must be a number or a tensor; pass 1.0 for none")
     if positions.dim() != 2 or positions.dtype != torch.int64:
         raise ValueError(
-            f"positions {_describe(positions)}: must be int64 [batch, seq]; a fractional scale belongs in inv_freq"
+            f"positions {describe(positions)}: must be int64 [batch, seq]; a fractional scale belongs in inv_freq"
         )
     batch, seq = positions.shape
     per_row = inv_freq.dim() == 3 and (batch == 1 or inv_freq.shape[0] in (1, batch)) and inv_freq.shape[1] in (1, seq)
     if not (inv_freq.dim() == 1 or per_row) or not inv_freq.is_floating_point():
         raise ValueError(
-            f"inv_freq {_describe(inv_freq)}: must be a floating-point [half], [batch, 1, half] or [batch, seq, half] "
-            f"for positions {_describe(positions)}; reshape it"
+            f"inv_freq {describe(inv_freq)}: must be a floating-point [half], [batch, 1, half] or [batch, seq, half] "
+            f"for positions {describe(positions)}; reshape it"
         )
     if inv_freq.dim() == 3:
         batch = max(batch, inv_freq.shape[0])
     half = inv_freq.shape[-1]
     if isinstance(amplitude, Tensor) and not _broadcasts(amplitude.shape, (batch, seq, half)):
         raise ValueError(
-            f"amplitude {_describe(amplitude)}: must broadcast against [{batch}, {seq}, {half}]; "
+            f"amplitude {describe(amplitude)}: must broadcast against [{batch}, {seq}, {half}]; "
             "pass a number, or one value per sample as [batch, 1, 1]"
         )
     for name, value in (("inv_freq", inv_freq), ("amplitude", amplitude)):
@@ -199,22 +201,22 @@ def _check_heads(
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} of the type {type(x).__name__}: must be a tensor {axes}; convert it")
         if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"{name} {_describe(x)}: must be a floating-point {axes}; reshape or cast it")
+            raise ValueError(f"{name} {describe(x)}: must be a floating-point {axes}; reshape or cast it")
         if x.shape[-1] < 2 * half:
             raise ValueError(
-                f"{name} {_describe(x)}: its head_dim must be >= the rotary dimension {2 * half}; "
+                f"{name} {describe(x)}: its head_dim must be >= the rotary dimension {2 * half}; "
                 "pass a rotation of the model's own geometry"
             )
         if rows[0] not in (1, x.shape[0]) or rows[1] != x.shape[seq_axis]:
             raise ValueError(
-                f"{name} {_describe(x)} with a rotation of {list(rows)}: must be the same [batch, seq] (batch may be 1 "
+                f"{name} {describe(x)} with a rotation of {list(rows)}: must be the same [batch, seq] (batch may be 1 "
                 f"in the rotation), with {name} as {axes}; check positions and order"
             )
         if x.device != device:
             raise ValueError(f"{name} on {x.device}, rotation on {device}: must be on one device; move one of them")
     if k is not None and (k.dtype != q.dtype or k.shape[-1] != q.shape[-1] or k.shape[0] != q.shape[0]):
         raise ValueError(
-            f"q {_describe(q)} and k {_describe(k)}: must agree in dtype, batch and head_dim; cast or reshape one"
+            f"q {describe(q)} and k {describe(k)}: must agree in dtype, batch and head_dim; cast or reshape one"
         )
 
 
@@ -222,7 +224,3 @@ def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
     return len(shape) <= len(target) and all(
         have in (1, want) for have, want in zip(reversed(shape), reversed(target), strict=False)
     )
-
-
-def _describe(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"

@@ -63,18 +63,19 @@ def require_one_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         ValueError: a length-dependent schedule meets a non-empty cache without a pinned length, or one that was filled
             under another pin, or the context outgrows the pin.
     """
-    schedule, pinned = _patched_in(module).rope.schedule, _patched_in(module).rope.pinned_length
+    rope = _patched_in(module).rope
+    pinned = rope.pinned_length
     cache = _find_cache((kwargs.get("past_key_values"), *args))
     seen = cache.get_seq_length() if cache is not None else 0
+    filled = getattr(cache, "ropex_pinned_length", None)
     counted = isinstance(seen, int)  # an unused static cache says 0, a used one gives a tensor
     if cache is not None and counted and seen == 0:
         cache.ropex_pinned_length = pinned
-    elif cache is not None and (pinned is None or getattr(cache, "ropex_pinned_length", None) != pinned):
-        filled = getattr(cache, "ropex_pinned_length", None)
+    elif cache is not None and (pinned is None or filled != pinned):
         raise ValueError(
             f"cache with {seen if counted else 'its'} tokens filled under pin_length({filled}), now "
-            f"pin_length({pinned}), with {schedule!r}: its keys were rotated for another context length than this pass "
-            "would be; pin one length before the cache is filled and keep it, as in "
+            f"pin_length({pinned}), with {rope.schedule!r}: its keys were rotated for another context length than this "
+            "pass would be; pin one length before the cache is filled and keep it, as in "
             "`with patch.pin_length(prompt + new tokens):`, or pass use_cache=False"
         )
     inputs = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None), None)

@@ -46,9 +46,13 @@ def schedule_class(name: str) -> type[FrequencySchedule]:
     if isinstance(name, str) and (cls := _METHODS.get(_ALIASES.get(name, name))):
         return cls
     known = [*_METHODS, *_ALIASES]
-    near = difflib.get_close_matches(str(name).lower(), known, n=1)
-    hint = f'did you mean "{near[0]}"?' if near else "pass one of them"
+    hint = _nearest(str(name).lower(), known, otherwise="pass one of them")
     raise ValueError(f"method={name!r}: must be one of {', '.join(known)}; {hint}")
+
+
+def _nearest(word: str, known: list[str], *, otherwise: str) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f'did you mean "{near[0]}"?' if near else otherwise
 
 
 def schedule(name: str, **options: Any) -> FrequencySchedule:
@@ -68,8 +72,7 @@ def schedule(name: str, **options: Any) -> FrequencySchedule:
     cls = schedule_class(name)
     accepted = option_names(cls)
     if unknown := [option for option in options if option not in accepted]:
-        near = difflib.get_close_matches(unknown[0], accepted, n=1)
-        hint = f'did you mean "{near[0]}"?' if near else "remove it"
+        hint = _nearest(unknown[0], accepted, otherwise="remove it")
         accepts = f"accepts {', '.join(accepted)}" if accepted else "accepts no options"
         raise ValueError(f'option {unknown[0]}={options[unknown[0]]!r}: method "{name}" {accepts}; {hint}')
     required = [f.name for f in fields(cls) if f.init and f.default is MISSING]  # type: ignore[arg-type]
