@@ -9,22 +9,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["describe", "require_choice", "require_int", "require_number"]
+__all__ = ["describe", "require_bool", "require_choice", "require_int", "require_number"]
 
 
-def require_number(name: str, value: object, *, minimum: float, strict: bool = False, remedy: str) -> None:
-    """Raise `ValueError` unless `value` is a finite int or float that is >= `minimum` (> when `strict`)."""
+def require_number(
+    name: str, value: object, *, minimum: float, maximum: float = math.inf, strict: bool = False, remedy: str
+) -> None:
+    """Raise `ValueError` unless `value` is a finite int or float, >= `minimum` (> when `strict`) and <= `maximum`."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        if value > minimum or (value == minimum and not strict):
+        if (value > minimum or (value == minimum and not strict)) and value <= maximum:
             return
-    sign = ">" if strict else ">="
-    raise ValueError(f"{name}={value!r}: must be a finite number {sign} {minimum:g}; {remedy}")
+    required = f"{'>' if strict else '>='} {minimum:g}{f' and <= {maximum:g}' if maximum < math.inf else ''}"
+    raise ValueError(f"{name}={value!r}: must be a finite number {required}; {remedy}")
 
 
 def require_int(name: str, value: object, *, minimum: int, remedy: str) -> None:
     """Raise `ValueError` unless `value` is an int that is >= `minimum`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name}={value!r}: must be an int >= {minimum}; {remedy}")
+
+
+def require_bool(name: str, value: object, *, remedy: str) -> None:
+    """Raise `ValueError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: must be True or False; {remedy}")
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:

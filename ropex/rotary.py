@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ropex._checks import describe, require_int
+from ropex.draws import sample_keys
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling import FrequencySchedule
+from ropex.scaling.base import innermost
 
 __all__ = ["RotaryEmbedding"]
 
@@ -17,12 +19,19 @@ __all__ = ["RotaryEmbedding"]
 class RotaryEmbedding(nn.Module):
     """Asks a schedule for the rotation of each forward pass.
 
-    Call it once per pass and hand its answer to every layer's `ropex.rotate`. It has no parameters and nothing in the
-    state_dict unless the schedule does, and its frequencies keep their precision whatever `.to(torch.bfloat16)` does.
+    Call it once per pass and hand its answer to every layer's `ropex.rotate`. Its frequencies keep their precision
+    whatever `.to(torch.bfloat16)` does. Parameters it has only with a learned schedule (`clex`), and of its own in the
+    state_dict only `step`, where the schedule draws.
+
+    In training mode a schedule that draws gets one key per row of the positions, made from the seed, the step, and the
+    row's index among the rows of all data-parallel ranks. Every call in training mode is a step.
 
     Args:
         geometry: how the model was (or will be) trained.
         schedule: from `ropex.schedule`, or your own.
+        seed: of all that is drawn.
+        data_rank: this process's rank among those that train on different data; ranks that share their data (tensor or
+            context parallel) must pass the same. None: the process's rank in `torch.distributed`, 0 without it.
 
     Example:
         >>> rope = RotaryEmbedding(ropex.Geometry(64, 10_000.0, 2048), ropex.schedule("linear", factor=2))
@@ -32,8 +41,11 @@ class RotaryEmbedding(nn.Module):
 
     inv_freq: Tensor
     pinned: Tensor
+    step: Tensor
 
-    def __init__(self, geometry: Geometry, schedule: FrequencySchedule) -> None:
+    def __init__(
+        self, geometry: Geometry, schedule: FrequencySchedule, *, seed: int = 0, data_rank: int | None = None
+    ) -> None:
         super().__init__()
         if not isinstance(geometry, Geometry):
             raise ValueError(
@@ -43,10 +55,21 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(
                 f'schedule={schedule!r}: must be a FrequencySchedule; pass ropex.schedule("yarn", factor=4)'
             )
+        require_int("seed", seed, minimum=0, remedy="pass the run's seed")
+        if data_rank is not None:
+            require_int("data_rank", data_rank, minimum=0, remedy="pass the data-parallel rank, or None")
         self.geometry = geometry
-        self.schedule = schedule
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be pinned or trained with later
+            self.schedule = schedule.for_geometry(geometry)
+        self.seed = seed
+        self.data_rank = data_rank
         self.pinned_length: int | None = None
+        if isinstance(learned := innermost(self.schedule), nn.Module) and learned is not self.schedule:
+            self.learned = learned  # its parameters are this module's, also inside a wrapper
         self._fill(torch.get_default_device())
+        if self.schedule.augments:
+            with torch.inference_mode(False):
+                self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, positions: Tensor) -> Rotation:
         """The rotation of these positions, int64 [batch, seq].
@@ -63,8 +86,8 @@ class RotaryEmbedding(nn.Module):
         # The buffers are where the module was moved to, which need not be where its caller computes.
         pinned, inv_freq = self.pinned.to(positions.device), self.inv_freq.to(positions.device)
         length = torch.where(pinned > 0, pinned, length)
-        request = Request(self.geometry, positions, length, self.training, base_inv_freq=inv_freq)
-        return self.schedule.rotation(request)
+        key = self._keys(positions) if self.training and self.schedule.augments else None
+        return self.schedule.rotation(Request(self.geometry, positions, length, self.training, key, inv_freq))
 
     def pin_length(self, length: int | None) -> None:
         """Serve every pass as part of a context of `length` tokens; None: of the length that the positions show."""
@@ -72,6 +95,18 @@ class RotaryEmbedding(nn.Module):
             require_int("length", length, minimum=1, remedy="pass the tokens of the prompt plus those to be generated")
         self.pinned_length = length
         self.pinned.fill_(length or 0)  # in place, so that a captured graph sees it
+
+    def _keys(self, positions: Tensor) -> Tensor:
+        """One key per row, for this step; the next call is the next step."""
+        rank = self.data_rank
+        if rank is None:
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if distributed else 0
+        batch = positions.shape[0]
+        samples = torch.arange(rank * batch, (rank + 1) * batch, device=positions.device)
+        keys = sample_keys(self.seed, self.step.to(positions.device), samples)
+        self.step += 1  # in place, so that a captured graph sees it
+        return keys
 
     def extra_repr(self) -> str:
         pinned = f", pinned_length={self.pinned_length}" if self.pinned_length is not None else ""
@@ -88,8 +123,11 @@ class RotaryEmbedding(nn.Module):
         # A cast would round the frequencies, `to_empty` would leave them unset, and not every device has float64:
         # they do not take part, and are made anew where the module now is.
         del self.inv_freq
+        unset = self.schedule.augments and self.step.is_meta
         try:
             super()._apply(fn, recurse)
         finally:
             self._fill(self.pinned.device)
+            if unset:
+                self.step.zero_()
         return self

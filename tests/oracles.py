@@ -11,6 +11,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import ropex
+from ropex import draws
+from ropex.scaling.base import innermost
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -26,6 +28,31 @@ ROSTER = [
     ropex.schedule("yarn", factor=4, ramp="rotations", beta_fast=16.0),
     ropex.schedule("yarn", factor=4, blend="wavelength", truncate=False),
     ropex.schedule("yarn", factor=4, mscale=1.0, mscale_all_dim=0.5),
+    ropex.schedule("abf", base=5e7, factor=4),
+    ropex.schedule("abf", factor=4),
+    ropex.schedule("ntk_by_parts", factor=4),
+    ropex.schedule("ntk_by_parts", factor=4, variant="v1"),
+    ropex.schedule("dynamic_yarn"),
+    ropex.schedule("dynamic_yarn", floor=5000, ramp="rotations", blend="wavelength"),
+    ropex.schedule("llama3", factor=4),
+    ropex.schedule("longrope", factor=4),
+    ropex.schedule("longrope", factor=4, keep_first=4, amplitude=1.0),
+    ropex.schedule("truncated"),
+    ropex.schedule("truncated", factor=4, exponent=0.1, cutoff_length=500),
+    ropex.schedule("power", factor=4),
+    ropex.schedule("drope"),
+    ropex.schedule("proportional"),
+    ropex.schedule("resonance", factor=4),
+    ropex.schedule("resonance", inner="dynamic_ntk", floor=5000),
+    ropex.schedule("clex", max_factor=3),
+    ropex.schedule("clex", max_factor=3, factor=2.5, step=1.0, activation="silu", width=2, net_base=10_000.0),
+    ropex.schedule("e2llm"),
+    ropex.schedule("e2llm", factor=4, g_max=6, keep_first=0),
+    ropex.schedule("pose", factor=4),
+    ropex.schedule("pose", inner="dynamic_yarn", floor=5000),
+    ropex.schedule("random_positions", factor=4),
+    ropex.schedule("random_positions", inner="resonance", factor=4, variant="steps"),
+    ropex.schedule("random_positions", inner=ropex.schedule("clex", max_factor=3), factor=4),
 ]
 
 GEOMETRIES = [
@@ -71,6 +98,28 @@ def yarn_frequency(geometry: ropex.Geometry, pair: int, factor: float) -> float:
     ramp = min(max((pair - low) / (high - low if high != low else 0.001), 0), 1)
     theta = plain_frequency(geometry, pair)
     return theta / factor * ramp + theta * (1 - ramp)
+
+
+def fitted(schedule: ropex.FrequencySchedule, geometry: ropex.Geometry) -> ropex.FrequencySchedule:
+    """The schedule for this geometry; a learned one with weights that change its frequencies by some per cent."""
+    schedule = schedule.for_geometry(geometry)
+    if isinstance(net := innermost(schedule), torch.nn.Module):
+        generator = torch.Generator().manual_seed(geometry.dim)
+        with torch.no_grad():
+            for name, std in (("up_proj", geometry.dim**-0.5), ("down_proj", 0.02 / geometry.dim)):
+                weight = net.get_parameter(name)
+                weight.copy_(std * torch.randn(weight.shape, generator=generator))
+    return schedule
+
+
+def training_request(geometry: ropex.Geometry, tokens: int = 16, batch: int = 3, **fields: object) -> ropex.Request:
+    """What a module in training asks: rows of `tokens` tokens, one key each."""
+    values = {
+        "positions": torch.arange(tokens).expand(batch, tokens),
+        "length": torch.full((batch,), tokens),
+        "key": draws.sample_keys(0, torch.tensor(7), torch.arange(batch)),
+    }
+    return ropex.Request(geometry, training=True, **{**values, **fields})
 
 
 # The families that the patch must know, by detection alone: tiny random models, weights of std 0.02.

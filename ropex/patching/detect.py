@@ -119,6 +119,7 @@ def find_site(model: nn.Module) -> Site:
     return Site(owner, name, path, rotary, attentions, pairing, geometry, scaling, known is not None)
 
 
+@torch.no_grad()
 def check_in_effect(patched: PatchedRotary) -> None:
     """Raise unless the patch's module makes the cos and sin of its schedule, computed here in another way."""
     geometry, schedule = patched.rope.geometry, patched.rope.schedule
@@ -132,7 +133,7 @@ def check_in_effect(patched: PatchedRotary) -> None:
         tolerance = torch.full((geometry.dim // 2,), 1e-6, device=device, dtype=torch.float64)
         if patched.angles == "float32":
             tolerance = tolerance + _angle_error(geometry, positions, torch.float32)
-        request = Request(geometry, positions, positions.max() + 1, patched.training)
+        request = Request(geometry, positions, positions.max() + 1)
         want = [full_table(t, layout) for t in _tables_in_float64(schedule.rotation(request))]
         in_effect = _match(got, want, full_table(tolerance, layout))
     if not in_effect:

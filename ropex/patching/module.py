@@ -44,6 +44,8 @@ class PatchedRotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cos and sin, [batch, seq, rotary_dim], for the hidden states x and positions [1 or batch, seq]."""
         dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.training and self.rope.schedule.augments:  # what is drawn is drawn for each sample
+            position_ids = position_ids.expand(x.shape[0], -1)
         cos, sin = table(self.rope(position_ids), angles=self.angles, dtype=dtype)
         return full_table(cos, self.pairing.table), full_table(sin, self.pairing.table)
 

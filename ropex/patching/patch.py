@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -89,11 +89,13 @@ class Patch:
 def patch(
     model: nn.Module,
     method: str | FrequencySchedule = "yarn",
-    factor: float | None = None,
+    factor: float | Literal["auto"] | None = None,
     length: int | None = None,
     *,
     angles: Angles = "exact",
     on_scaled: str = "error",
+    seed: int = 0,
+    data_rank: int | None = None,
     **options: Any,
 ) -> Patch:
     """Extend a model's context window: replace its rotary embedding in place.
@@ -106,11 +108,13 @@ def patch(
     Args:
         model: a transformers model, or one that contains it; the outermost one at hand, whose config shall tell.
         method: a name from `ropex.methods()`, or a schedule.
-        factor: target length / pretraining length, >= 1. (For `dynamic_ntk`: its own factor.)
+        factor: target length / pretraining length, >= 1. (For `dynamic_ntk`: its own factor; for `e2llm` also "auto".)
         length: the target length in tokens, instead of the factor.
         angles: `exact`; or `float32`, transformers' own arithmetic bit for bit.
         on_scaled: what to do with a model whose config already carries a scaling: `error`, or `replace` it, counting
             from the pretraining length.
+        seed: of what a method draws in training (`clex`, `e2llm`, `pose`, `random_positions`).
+        data_rank: this process's rank among those that train on different data; None: its rank in `torch.distributed`.
         options: the method's other options, see its class.
 
     Returns:
@@ -137,10 +141,10 @@ def patch(
         _require_replaceable(model_name, site, on_scaled)
     schedule = schedule_for(method, site.geometry.trained_length, factor=factor, length=length, **options)
     with site.rotary.get_buffer("inv_freq").device:
-        rope = RotaryEmbedding(site.geometry, schedule)
+        rope = RotaryEmbedding(site.geometry, schedule, seed=seed, data_rank=data_rank)
     patched = PatchedRotary(rope, site.rotary, pairing=site.pairing, angles=angles)
+    check_in_effect(patched.eval())
     patched.train(site.owner.training)
-    check_in_effect(patched)
 
     target = schedule.target_length(site.geometry.trained_length)
     require_int("target_length", target, minimum=1, remedy=f"mend {type(schedule).__name__}.target_length")

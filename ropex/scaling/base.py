@@ -1,17 +1,23 @@
-"""The one interface behind which every way of scaling stands."""
+"""The one interface behind which every way of scaling stands, and the forms that several of them share."""
 
 from __future__ import annotations
 
 import abc
-from dataclasses import fields
-from typing import Any, ClassVar
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from torch import Tensor
 
-from ropex._checks import require_int, require_number
-from ropex.rotation import Geometry, Request, Rotation
+from ropex import draws
+from ropex._checks import require_bool, require_choice, require_int, require_number
+from ropex.rotation import Geometry, Request, Rotation, widest_float
 
-__all__ = ["FrequencySchedule"]
+__all__ = ["FrequencySchedule", "Wrapper"]
+
+RampKind = Literal["index", "rotations"]
+Blend = Literal["frequency", "wavelength"]
 
 
 class FrequencySchedule(abc.ABC):
@@ -22,18 +28,22 @@ class FrequencySchedule(abc.ABC):
 
     Class attributes:
         method: the name under which the registry finds it.
+        paper: where it was published.
         target: what `patch(length=...)` sets: the option `"factor"` (length / trained length), the option `"floor"`
             (the length itself), or None where the method has no target.
-        length_dependent: the frequencies depend on `Request.length`.
+        length_dependent: the frequencies depend on `Request.length`. An instance whose options decide it sets its own.
         learned: it has parameters.
         training_free: it is meant to be used on a model as it is.
+        augments: in training it draws from `Request.key`.
     """
 
     method: ClassVar[str]
+    paper: ClassVar[str] = ""
     target: ClassVar[str | None] = "factor"
-    length_dependent: ClassVar[bool] = False
-    learned: ClassVar[bool] = False
-    training_free: ClassVar[bool] = True
+    length_dependent: bool = False
+    learned: bool = False
+    training_free: bool = True
+    augments: bool = False
 
     @abc.abstractmethod
     def rotation(self, request: Request) -> Rotation:
@@ -41,7 +51,11 @@ class FrequencySchedule(abc.ABC):
 
     def target_length(self, trained_length: int) -> int:
         """The context length, in tokens, that this schedule is meant to reach: `factor` times the trained one."""
-        return round(getattr(self, "factor", 1) * trained_length)
+        return round((getattr(self, "factor", None) or 1) * trained_length)
+
+    def for_geometry(self, geometry: Geometry) -> FrequencySchedule:
+        """This schedule for a model of this geometry: itself, unless it has parameters whose shapes depend on it."""
+        return self
 
     def at(self, geometry: Geometry, *, length: int, device: torch.device | str | None = None) -> Rotation:
         """The rotation of positions 0 .. length - 1, one row, in evaluation mode; for plots, exports and tests."""
@@ -50,8 +64,52 @@ class FrequencySchedule(abc.ABC):
         return self.rotation(Request(geometry, positions, torch.tensor(length, device=device)))
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"method": name, "options": {...}}`; `ropex.scaling.from_dict` gives an equal schedule back."""
+        """`{"method": name, "options": {...}}`, and `"inner"` for a wrapper; made for JSON.
+
+        `ropex.scaling.from_dict` gives an equal schedule back (of a learned one: the same options, fresh weights).
+        """
         return {"method": self.method, "options": {name: getattr(self, name) for name in option_names(type(self))}}
+
+
+@dataclass(frozen=True)
+class Wrapper(FrequencySchedule):
+    """A schedule that edits what another one answers, or what it is asked.
+
+    It depends on the length, learns, draws and needs training where the inner one does.
+
+    Args:
+        inner: the schedule that it wraps; `ropex.schedule` takes its name, and gives it the options that it accepts.
+    """
+
+    inner: FrequencySchedule
+    default_inner: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, FrequencySchedule):
+            raise ValueError(
+                f"inner={self.inner!r}: must be a FrequencySchedule; "
+                f'pass ropex.schedule("{self.default_inner}", ...), or use ropex.schedule("{self.method}", ...)'
+            )
+        for name in ("length_dependent", "learned", "augments"):
+            object.__setattr__(self, name, getattr(type(self), name) or getattr(self.inner, name))
+        object.__setattr__(self, "training_free", type(self).training_free and self.inner.training_free)
+
+    def target_length(self, trained_length: int) -> int:
+        return self.inner.target_length(trained_length)
+
+    def for_geometry(self, geometry: Geometry) -> Self:
+        inner = self.inner.for_geometry(geometry)
+        return self if inner is self.inner else replace(self, inner=inner)
+
+    def to_dict(self) -> dict[str, Any]:
+        described = super().to_dict()
+        del described["options"]["inner"]
+        return {**described, "inner": self.inner.to_dict()}
+
+
+def innermost(schedule: FrequencySchedule) -> FrequencySchedule:
+    """The schedule inside all wrappers."""
+    return innermost(schedule.inner) if isinstance(schedule, Wrapper) else schedule
 
 
 def option_names(schedule: type[FrequencySchedule]) -> list[str]:
@@ -59,7 +117,132 @@ def option_names(schedule: type[FrequencySchedule]) -> list[str]:
     return [f.name for f in fields(schedule) if f.init]  # type: ignore[arg-type]  # every concrete one is a dataclass
 
 
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
 def require_factor(factor: object) -> None:
     require_number(
         "factor", factor, minimum=1, remedy="pass target length / trained length, such as factor=4, or leave it at 1"
     )
+
+
+def require_floor(floor: object) -> None:
+    if floor is not None:
+        require_int("floor", floor, minimum=1, remedy="pass a length in tokens, or None for no floor")
+
+
+def require_positive(name: str, value: object) -> None:
+    """Raise unless a number that may be left out is > 0."""
+    if value is not None:
+        require_number(name, value, minimum=0, strict=True, remedy="pass a number, or None")
+
+
+def require_key(request: Request, method: str) -> Tensor:
+    """The keys of a training request: int64 [batch]."""
+    if request.key is None:
+        raise ValueError(
+            f'key=None in a training request to "{method}", which draws: must be int64 [batch]; use '
+            "ropex.patch or ropex.RotaryEmbedding, which make the keys, or pass Request(key=)"
+        )
+    return request.key
+
+
+# --- the length -------------------------------------------------------------------------------------------------------
+
+
+def growth(request: Request, floor: int | None = None) -> Tensor:
+    """Context length / trained length, the former at least `floor`: float64, 0-d or [batch, 1, 1]."""
+    length = request.length if floor is None else request.length.clamp(min=floor)
+    length = length[:, None, None] if length.dim() else length
+    return length.to(widest_float(length.device)) / request.geometry.trained_length
+
+
+# --- forms that several strategies share ------------------------------------------------------------------------------
+
+
+def ntk_exponent(inv_freq: Tensor) -> Tensor:
+    """`2 i / (dim - 2)`, from 0 for the first pair to 1 for the last."""
+    half = inv_freq.shape[-1]
+    return torch.arange(half, dtype=inv_freq.dtype, device=inv_freq.device) / max(half - 1, 1)
+
+
+def ntk_stretched(inv_freq: Tensor, alpha: float | Tensor) -> Tensor:
+    """`theta_i * alpha ** (-2 i / (dim - 2))`: the first pair unchanged, the last one divided by alpha.
+
+    The same as `theta_i` of the base `base * alpha ** (dim / (dim - 2))`, but it keeps the model's own rounding.
+    `alpha` is a number, 0-d, or [batch, 1, 1].
+    """
+    return inv_freq * alpha ** -ntk_exponent(inv_freq)
+
+
+def require_ramp(beta_fast: object, beta_slow: object, ramp: object, blend: object, truncate: object) -> None:
+    """Raise unless these make a ramp and a blend."""
+    require_number("beta_slow", beta_slow, minimum=0, strict=True, remedy="pass a number of turns, such as 1")
+    require_number("beta_fast", beta_fast, minimum=0, strict=True, remedy="pass a number of turns, such as 32")
+    if beta_fast <= beta_slow:  # type: ignore[operator]  # numbers by now
+        raise ValueError(
+            f"beta_fast={beta_fast!r}, beta_slow={beta_slow!r}: beta_fast must be the larger, since fast pairs turn "
+            "more often; swap them"
+        )
+    require_choice("ramp", ramp, ("index", "rotations"))
+    require_choice("blend", blend, ("frequency", "wavelength"))
+    require_bool("truncate", truncate, remedy="transformers' default is True")
+
+
+def ramp_by_rotations(geometry: Geometry, inv_freq: Tensor, beta_fast: float, beta_slow: float) -> Tensor:
+    """How much of each pair is interpolated, [half], linear in its turns over the trained length.
+
+    0 from `beta_fast` turns on, 1 up to `beta_slow`.
+    """
+    turns = inv_freq * (geometry.trained_length / (2 * math.pi))
+    return 1 - ((turns - beta_slow) / (beta_fast - beta_slow)).clamp(0, 1)
+
+
+def ramp_by_index(
+    geometry: Geometry, inv_freq: Tensor, beta_fast: float, beta_slow: float, truncate: bool = True
+) -> Tensor:
+    """How much of each pair is interpolated, [half], linear in its index.
+
+    A pair that turns r times over L tokens sits at index `dim * ln(L / (2 pi r)) / (2 ln base)`; the ramp rises from 0
+    at the index of `beta_fast` turns to 1 at that of `beta_slow`, whole ones (floor and ceil) where `truncate`.
+    """
+
+    def index_of(turns: float) -> float:
+        wavelengths = geometry.trained_length / (2 * math.pi * turns)
+        return geometry.dim * math.log(wavelengths) / (2 * math.log(geometry.base))
+
+    low, high = index_of(beta_fast), index_of(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, geometry.dim - 1)
+    high += 0.001 if low == high else 0  # the released code's guard against a zero width
+    index = torch.arange(geometry.dim // 2, dtype=inv_freq.dtype, device=inv_freq.device)
+    return ((index - low) / (high - low)).clamp(0, 1)
+
+
+def blended(inv_freq: Tensor, factor: float | Tensor, ramp: Tensor, blend: Blend = "frequency") -> Tensor:
+    """Pairs interpolated as far as the ramp says; exactly `inv_freq` for a factor of 1.
+
+    By frequency: `theta (ramp / factor + 1 - ramp)`; by wavelength: `theta / (ramp factor + 1 - ramp)`.
+    """
+    if blend == "wavelength":
+        return inv_freq / (1 + ramp * (factor - 1))
+    return inv_freq * (1 - ramp * (1 - 1 / factor))
+
+
+# --- positions of training --------------------------------------------------------------------------------------------
+
+
+def moved(request: Request, key: Tensor, positions: Tensor) -> Request:
+    """The request as if its tokens stood at these positions, for an inner schedule: their length, and next keys."""
+    return replace(request, positions=positions, length=positions.amax(dim=-1) + 1, key=draws.next_key(key))
+
+
+def looked_up(table: Tensor, positions: Tensor) -> Tensor:
+    """`table[row, position]`, [batch, seq]; positions beyond the table go on from its last entry, one by one.
+
+    So padded and packed rows keep their order. `table` is int64 [batch, n].
+    """
+    last = table.shape[-1] - 1
+    inside = table.gather(-1, positions.clamp(0, last).expand(table.shape[0], -1))
+    return inside + (positions - last).clamp(min=0)

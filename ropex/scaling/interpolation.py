@@ -25,6 +25,7 @@ class Unscaled(FrequencySchedule):
     """
 
     method: ClassVar[str] = "none"
+    paper: ClassVar[str] = "Su et al. 2021, arXiv:2104.09864"
     target: ClassVar[str | None] = None
 
     def rotation(self, request: Request) -> Rotation:
@@ -51,6 +52,8 @@ class PositionInterpolation(FrequencySchedule):
 
     factor: float
     method: ClassVar[str] = "linear"
+    paper: ClassVar[str] = "Chen et al. 2023, arXiv:2306.15595"
+    training_free = False
 
     def __post_init__(self) -> None:
         require_factor(self.factor)

@@ -1,4 +1,4 @@
-"""NTK-aware scaling, static and dynamic."""
+"""Larger bases: NTK-aware scaling, static and dynamic, and an adjusted base."""
 
 from __future__ import annotations
 
@@ -6,24 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from ropex._checks import require_int, require_number
+from ropex._checks import require_number
 from ropex.rotation import Request, Rotation
-from ropex.scaling.base import FrequencySchedule, require_factor
+from ropex.scaling.base import FrequencySchedule, growth, ntk_stretched, require_factor, require_floor
 
-__all__ = ["DynamicNTK", "NTKAware"]
-
-
-def ntk_inv_freq(inv_freq: Tensor, alpha: float | Tensor) -> Tensor:
-    """`theta_i * alpha ** (-2 i / (dim - 2))`: the first pair unchanged, the last one divided by alpha.
-
-    The same as `theta_i` of the base `base * alpha ** (dim / (dim - 2))`, but it keeps the model's own rounding.
-    `alpha` is a number, 0-d, or [batch, 1, 1].
-    """
-    half = inv_freq.shape[-1]
-    exponent = torch.arange(half, dtype=inv_freq.dtype, device=inv_freq.device) / max(half - 1, 1)
-    return inv_freq * alpha**-exponent
+__all__ = ["AdjustedBase", "DynamicNTK", "NTKAware"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +34,7 @@ class NTKAware(FrequencySchedule):
     factor: float
     alpha: float | None = None
     method: ClassVar[str] = "ntk"
+    paper: ClassVar[str] = "bloc97 2023; arXiv:2309.00071, eq. 16"
 
     def __post_init__(self) -> None:
         require_factor(self.factor)
@@ -54,7 +43,7 @@ class NTKAware(FrequencySchedule):
 
     def rotation(self, request: Request) -> Rotation:
         alpha = self.factor if self.alpha is None else self.alpha
-        return Rotation(request.positions, ntk_inv_freq(request.inv_freq(), alpha))
+        return Rotation(request.positions, ntk_stretched(request.inv_freq(), alpha))
 
 
 @dataclass(frozen=True)
@@ -85,20 +74,63 @@ class DynamicNTK(FrequencySchedule):
     factor: float = 2.0
     floor: int | None = None
     method: ClassVar[str] = "dynamic_ntk"
+    paper: ClassVar[str] = "emozilla 2023; arXiv:2309.00071, section 3.3"
     target: ClassVar[str | None] = "floor"
-    length_dependent: ClassVar[bool] = True
+    length_dependent = True
 
     def __post_init__(self) -> None:
         require_factor(self.factor)
-        if self.floor is not None:
-            require_int("floor", self.floor, minimum=1, remedy="pass a length in tokens, or None for no floor")
+        require_floor(self.floor)
 
     def rotation(self, request: Request) -> Rotation:
-        inv_freq = request.inv_freq()
-        length = request.length if self.floor is None else request.length.clamp(min=self.floor)
-        growth = length.to(inv_freq.dtype) / request.geometry.trained_length
-        alpha = torch.where(growth > 1, self.factor * growth - (self.factor - 1), 1.0)
-        return Rotation(request.positions, ntk_inv_freq(inv_freq, alpha[:, None, None] if alpha.dim() else alpha))
+        grown = growth(request, self.floor)
+        alpha = torch.where(grown > 1, self.factor * grown - (self.factor - 1), 1.0)
+        return Rotation(request.positions, ntk_stretched(request.inv_freq(), alpha))
 
     def target_length(self, trained_length: int) -> int:
         return self.floor if self.floor is not None else super().target_length(trained_length)
+
+
+@dataclass(frozen=True)
+class AdjustedBase(FrequencySchedule):
+    """Another base: `base' ** (-2 i / dim)`.
+
+    Use it before continued pretraining at the target length (ABF), with a base well above the NTK-aware one, such as
+    500 000 in place of 10 000 for 32k tokens; or as `ntk` that says its base.
+
+    Args:
+        factor: target length / trained length, >= 1; it sets the target, and the base where `base` is left out.
+        base: the new base, > 1; by default that of NTK-aware scaling, `base * factor ** (dim / (dim - 2))`.
+
+    Note:
+        The frequencies are the model's own times `(base' / base) ** (-2 i / dim)`: they keep the model's float32
+        rounding, and differ from those of a model loaded with the new `rope_theta` by 1e-7 relative.
+
+    Example:
+        >>> geometry = Geometry(dim=8, base=10_000.0, trained_length=2048)
+        >>> round(AdjustedBase(base=160_000.0).at(geometry, length=4).inv_freq[2].item(), 6)
+        0.0025
+
+    Reference: Xiong et al., Effective Long-Context Scaling of Foundation Models, 2023, arXiv:2309.16039, section 4.1.
+    """
+
+    factor: float | None = None
+    base: float | None = None
+    method: ClassVar[str] = "abf"
+    paper: ClassVar[str] = "Xiong et al. 2023, arXiv:2309.16039"
+    training_free = False
+
+    def __post_init__(self) -> None:
+        if self.factor is None and self.base is None:
+            raise ValueError('method "abf" without base and factor: it needs one of them; pass base=, such as 500000.0')
+        if self.factor is not None:
+            require_factor(self.factor)
+        if self.base is not None:
+            require_number("base", self.base, minimum=1, strict=True, remedy="pass the new base, such as 500000.0")
+
+    def rotation(self, request: Request) -> Rotation:
+        inv_freq, geometry = request.inv_freq(), request.geometry
+        if self.base is None:
+            return Rotation(request.positions, ntk_stretched(inv_freq, self.factor or 1))
+        index = torch.arange(geometry.dim // 2, dtype=inv_freq.dtype, device=inv_freq.device)
+        return Rotation(request.positions, inv_freq * (self.base / geometry.base) ** (-2 * index / geometry.dim))

@@ -5,14 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, Literal
 
-from ropex.scaling.base import FrequencySchedule, option_names, require_factor
+from ropex.scaling.base import FrequencySchedule, Wrapper, option_names, require_factor
+from ropex.scaling.clex import CLEX
+from ropex.scaling.e2llm import E2LLM
 from ropex.scaling.interpolation import PositionInterpolation, Unscaled
-from ropex.scaling.ntk import DynamicNTK, NTKAware
-from ropex.scaling.yarn import YaRN
+from ropex.scaling.llama3 import Llama3
+from ropex.scaling.longrope import LongRoPE
+from ropex.scaling.ntk import AdjustedBase, DynamicNTK, NTKAware
+from ropex.scaling.pose import PoSE, RandomPositions
+from ropex.scaling.resonance import Resonance
+from ropex.scaling.truncated import DroPE, PowerBasis, ProportionalRoPE, TruncatedBasis
+from ropex.scaling.yarn import DynamicYaRN, NTKByParts, YaRN
 
-__all__ = ["from_dict", "methods", "schedule", "schedule_class", "schedule_for"]
+__all__ = ["accepted_options", "from_dict", "methods", "schedule", "schedule_class", "schedule_for"]
 
 _METHODS: dict[str, type[FrequencySchedule]] = {
     cls.method: cls
@@ -21,7 +28,21 @@ _METHODS: dict[str, type[FrequencySchedule]] = {
         PositionInterpolation,
         NTKAware,
         DynamicNTK,
+        AdjustedBase,
+        NTKByParts,
         YaRN,
+        DynamicYaRN,
+        Llama3,
+        LongRoPE,
+        TruncatedBasis,
+        PowerBasis,
+        DroPE,
+        ProportionalRoPE,
+        Resonance,
+        CLEX,
+        E2LLM,
+        PoSE,
+        RandomPositions,
     )
 }
 _ALIASES = {"pi": "linear"}
@@ -55,12 +76,27 @@ def _nearest(word: str, known: list[str], *, otherwise: str) -> str:
     return f'did you mean "{near[0]}"?' if near else otherwise
 
 
+def accepted_options(name: str, inner: str | FrequencySchedule | None = None) -> list[str]:
+    """The options that `schedule(name, ...)` accepts: of a wrapper also those of the inner method that it makes.
+
+    Args:
+        name: a method's name or alias.
+        inner: of a wrapper, what it shall wrap, if not its default.
+    """
+    cls = schedule_class(name)
+    options = option_names(cls)
+    if issubclass(cls, Wrapper) and not isinstance(inner := inner or cls.default_inner, FrequencySchedule):
+        options += [option for option in accepted_options(inner) if option not in options]
+    return options
+
+
 def schedule(name: str, **options: Any) -> FrequencySchedule:
     """A schedule by its method's name.
 
     Args:
         name: see `methods()`; `pi` is an alias of `linear`.
-        options: the arguments of the schedule's class.
+        options: the arguments of the schedule's class. A wrapper (`resonance`, `pose`, `random_positions`) takes
+            `inner=`, a method's name or a schedule. It makes a named one, which gets the options that it accepts.
 
     Raises:
         ValueError: unknown name or option, missing factor, or a value that the schedule refuses.
@@ -68,13 +104,17 @@ def schedule(name: str, **options: Any) -> FrequencySchedule:
     Example:
         >>> schedule("linear", factor=4)
         PositionInterpolation(factor=4)
+        >>> schedule("pose", inner="ntk", factor=4)
+        PoSE(inner=NTKAware(factor=4, alpha=None), factor=None)
     """
     cls = schedule_class(name)
-    accepted = option_names(cls)
+    accepted = accepted_options(name, options.get("inner"))
     if unknown := [option for option in options if option not in accepted]:
         hint = _nearest(unknown[0], accepted, otherwise="remove it")
         accepts = f"accepts {', '.join(accepted)}" if accepted else "accepts no options"
         raise ValueError(f'option {unknown[0]}={options[unknown[0]]!r}: method "{name}" {accepts}; {hint}')
+    if issubclass(cls, Wrapper) and not isinstance(options.get("inner"), FrequencySchedule):
+        options = _with_inner(cls, **options)
     required = [f.name for f in fields(cls) if f.init and f.default is MISSING]  # type: ignore[arg-type]
     if missing := [option for option in required if option not in options]:
         raise ValueError(
@@ -84,11 +124,30 @@ def schedule(name: str, **options: Any) -> FrequencySchedule:
     return cls(**options)
 
 
+def _with_inner(cls: type[Wrapper], inner: str | None = None, **options: Any) -> dict[str, Any]:
+    """A wrapper's options, with the inner schedule made of those that are meant for it."""
+    inner = inner or cls.default_inner
+    meant = {name: value for name, value in options.items() if name in accepted_options(inner)}
+    kept = {name: value for name, value in options.items() if name not in meant}
+    return {"inner": schedule(inner, **meant), **kept}
+
+
+def _target(method: str, inner: str | FrequencySchedule | None = None) -> str | None:
+    """The option that says how far a method shall reach: of a wrapper, that of its inner schedule."""
+    cls = schedule_class(method)
+    if not issubclass(cls, Wrapper):
+        return cls.target
+    inner = inner or cls.default_inner
+    if not isinstance(inner, FrequencySchedule) and (target := _target(inner)):
+        return target
+    return "factor" if "factor" in option_names(cls) else None
+
+
 def schedule_for(
     method: str | FrequencySchedule,
     trained_length: int,
     *,
-    factor: float | None = None,
+    factor: float | Literal["auto"] | None = None,
     length: int | None = None,
     **options: Any,
 ) -> FrequencySchedule:
@@ -103,14 +162,14 @@ def schedule_for(
             name, value = next(iter(given.items()))
             raise ValueError(f"{name}={value!r} with the schedule {method!r}: it has its own options; set {name} there")
         return method
-    target = schedule_class(method).target
+    target = _target(method, options.get("inner"))
     if factor is not None:
         if target is None:
-            raise ValueError(f'factor={factor!r}: method "{method}" has no target length; leave factor out')
+            raise ValueError(_no_target(method, "factor", factor, options))
         options["factor"] = factor
     if length is not None:
         if target is None:
-            raise ValueError(f'length={length!r}: method "{method}" has no target length; leave length out')
+            raise ValueError(_no_target(method, "length", length, options))
         if not isinstance(length, int) or isinstance(length, bool) or length < trained_length:
             raise ValueError(
                 f"length={length!r}: must be an int >= the model's trained length of {trained_length} tokens; "
@@ -126,6 +185,12 @@ def schedule_for(
     return schedule(method, **options)
 
 
+def _no_target(method: str, name: str, value: object, options: Mapping[str, Any]) -> str:
+    if isinstance(inner := options.get("inner"), FrequencySchedule):
+        return f"{name}={value!r} with the inner schedule {inner!r}: it has its own options; set {name} there"
+    return f'{name}={value!r}: method "{method}" has no target length; leave {name} out'
+
+
 def _reaches(factor: float, trained_length: int, length: int) -> bool:
     require_factor(factor)
     return round(factor * trained_length) == length
@@ -138,6 +203,15 @@ def from_dict(data: Mapping[str, Any]) -> FrequencySchedule:
         >>> from_dict({"method": "linear", "options": {"factor": 4}})
         PositionInterpolation(factor=4)
     """
-    if not isinstance(data, Mapping) or set(data) != {"method", "options"}:
-        raise ValueError(f"{data!r}: must be a dict with method and options alone; pass what to_dict() gave")
-    return schedule(data["method"], **data["options"])
+    if not isinstance(data, Mapping) or not {"method", "options"} <= set(data) <= {"method", "options", "inner"}:
+        raise ValueError(
+            f"{data!r}: must be a dict with method and options, and inner for a wrapper; pass what to_dict() gave"
+        )
+    wraps = issubclass(schedule_class(data["method"]), Wrapper)
+    if wraps != ("inner" in data):
+        raise ValueError(
+            f'{data!r}: method "{data["method"]}" wraps {"another schedule" if wraps else "no other"}; '
+            f"{'add' if wraps else 'remove'} inner, as in what to_dict() gave"
+        )
+    inner = {"inner": from_dict(data["inner"])} if wraps else {}
+    return schedule(data["method"], **data["options"], **inner)

@@ -1,0 +1,204 @@
+"""Training at a short length for a long one: PoSE, and random positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ropex import draws
+from ropex._checks import require_choice, require_int
+from ropex.rotation import Request, Rotation
+from ropex.scaling.base import Wrapper, looked_up, moved, require_factor, require_key
+
+__all__ = ["PoSE", "PoSECollator", "RandomPositions"]
+
+
+@dataclass(frozen=True)
+class Augmentation(Wrapper):
+    """What the schedules of this file share: positions of a window, spread in training over the target length.
+
+    Args:
+        factor: target length / trained length, >= 1; None: that of the inner schedule.
+    """
+
+    factor: float | None = None
+    default_inner: ClassVar[str] = "linear"
+    training_free = False
+    augments = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.factor is not None:
+            require_factor(self.factor)
+
+    def target_length(self, trained_length: int) -> int:
+        return super().target_length(trained_length) if self.factor is None else round(self.factor * trained_length)
+
+
+@dataclass(frozen=True)
+class PoSE(Augmentation):
+    """Positional skip-wise training: in training a window of M tokens skips, once, to somewhere before the target S.
+
+    The first chunk, of a length uniform on {1 .. ceil(M / 2)}, keeps its positions; the rest is shifted by a number
+    uniform on {0 .. S - M}. Both are drawn per sample. In evaluation it is its inner schedule.
+
+    Use it to fine-tune for S at the cost of M, around any schedule. M is `Request.length`, S the target length. Where a
+    data collator already skips (`PoSECollator`), patch with the inner schedule alone.
+
+    Args:
+        inner: what scales the frequencies; `linear` by default.
+        factor: S / trained length, >= 1; None: that of the inner schedule.
+
+    Example:
+        >>> schedule("pose", inner="yarn", factor=8).target_length(2048)
+        16384
+
+    Reference: Zhu et al., PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise Training, 2023,
+    arXiv:2309.10400, section 3.2.
+    """
+
+    method: ClassVar[str] = "pose"
+    paper: ClassVar[str] = "Zhu et al. 2023, arXiv:2309.10400"
+
+    def rotation(self, request: Request) -> Rotation:
+        if not request.training:
+            return self.inner.rotation(request)
+        key, window = require_key(request, self.method), request.length[..., None]
+        first = 1 + draws.integers(key, 1, (window + 1) // 2)
+        room = (self.target_length(request.geometry.trained_length) - window).clamp(min=0)
+        shifted = request.positions + draws.integers(key, 1, room + 1, stream=1)
+        positions = torch.where(request.positions < first, request.positions, shifted)
+        return self.inner.rotation(moved(request, key, positions))
+
+
+@dataclass(frozen=True)
+class RandomPositions(Augmentation):
+    """In training the tokens of a window stand at random positions of the target length S, in order.
+
+    In evaluation it is its inner schedule. Use it to train for a length that no training sample has; unlike `pose` it
+    leaves no neighbours together. The window is the number of tokens in the pass: one that holds a part of a longer
+    context, as in context-parallel training, would draw for itself alone.
+
+    Args:
+        inner: what scales the frequencies; `linear` by default.
+        factor: S / trained length, >= 1; None: that of the inner schedule.
+        variant: `"subset"`: each subset of {0 .. S - 1} is equally likely; `"steps"`, Giraffe's: sums of steps uniform
+            on [0, 2), scaled down where they would pass S. These are fractions of a token: positions come back in units
+            of 2**-16 tokens.
+
+    Example:
+        >>> schedule("random_positions", factor=8).target_length(2048)
+        16384
+
+    Reference: Ruoss et al., Randomized Positional Encodings Boost Length Generalization of Transformers, 2023,
+    arXiv:2305.16843; Pal et al., Giraffe, 2023, arXiv:2308.10882.
+    """
+
+    variant: Literal["subset", "steps"] = "subset"
+    method: ClassVar[str] = "random_positions"
+    paper: ClassVar[str] = "Ruoss et al. 2023, arXiv:2305.16843"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("variant", self.variant, ("subset", "steps"))
+
+    def rotation(self, request: Request) -> Rotation:
+        if not request.training:
+            return self.inner.rotation(request)
+        key, window = require_key(request, self.method), request.positions.shape[-1]
+        span = max(self.target_length(request.geometry.trained_length), window)
+        if self.variant == "subset":
+            table = draws.subset(key, window, span, limit=span)
+            return self.inner.rotation(moved(request, key, looked_up(table, request.positions)))
+        sums = (2 * draws.uniform(key, window)).cumsum(dim=-1)
+        sums = sums * (span / sums[:, -1:].clamp(min=span))
+        fine = looked_up((sums * 2**16).to(torch.int64), request.positions)
+        whole = self.inner.rotation(moved(request, key, fine >> 16))
+        return Rotation((whole.positions << 16) + fine % 2**16, whole.inv_freq / 2**16, whole.amplitude)
+
+
+@dataclass(frozen=True)
+class PoSECollator:
+    """A data collator that does what `PoSE` does and also drops the tokens between the two chunks.
+
+    From each document it takes a first chunk from the start and a second one from further on, `window` tokens together,
+    and gives the second one the positions of somewhere before the target length. Train a model that is patched with
+    the inner schedule (`linear`, `yarn` ...), since the positions already skip.
+
+    Args:
+        window: tokens of a training sample, M.
+        target_length: tokens, S >= window; documents are cut there.
+        pad_token_id: fills samples that are shorter; their labels are -100.
+        generator: what it draws from; None: PyTorch's own, which a DataLoader seeds in each worker. The tokens take
+            part in the draw, so that ranks with equal seeds and different documents differ.
+
+    Returns:
+        When called with a batch of `{"input_ids": ...}`, with or without `labels`: int64 tensors [batch, M]
+        `input_ids`, `labels`, `position_ids` and `attention_mask`. (The mask is there because without one transformers
+        takes a skip in the positions for the start of another document, and hides the first chunk from the second.)
+
+    Example:
+        >>> batch = PoSECollator(window=16, target_length=128)([{"input_ids": list(range(40))}])
+        >>> {name: tuple(tensor.shape) for name, tensor in batch.items()}["position_ids"]
+        (1, 16)
+
+    Reference: Zhu et al., PoSE, 2023, arXiv:2309.10400, section 3.2 and the released code.
+    """
+
+    window: int
+    target_length: int
+    pad_token_id: int = 0
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        require_int("window", self.window, minimum=1, remedy="pass the tokens of a training sample")
+        require_int("target_length", self.target_length, minimum=self.window, remedy="pass the length to train for")
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        draw = torch.randint(2**62, (), generator=self.generator)
+        rows = [self._sample(feature, draw) for feature in features]
+        width = max(len(row["input_ids"]) for row in rows)
+        fill = {"input_ids": self.pad_token_id, "labels": -100, "position_ids": 0, "attention_mask": 0}
+        return {
+            name: torch.stack(
+                [torch.nn.functional.pad(row[name], (0, width - len(row[name])), value=v) for row in rows]
+            )
+            for name, v in fill.items()
+        }
+
+    def _sample(self, feature: Mapping[str, Any], draw: Tensor) -> dict[str, Tensor]:
+        tokens = torch.as_tensor(feature["input_ids"], dtype=torch.int64)[: self.target_length]
+        if tokens.dim() != 1 or not len(tokens):
+            raise ValueError(
+                f"input_ids of the shape {list(tokens.shape)}: must be one document's tokens, at least one"
+            )
+        key = draws.sample_keys(int(draws.next_key(tokens).sum()), draw, torch.zeros(1, dtype=torch.int64))
+        size = min(self.window, len(tokens))
+        first = 1 + int(draws.integers(key, 1, (size + 1) // 2))
+        end = size + int(draws.integers(key, 1, len(tokens) - size + 1, stream=1))
+        skip = int(draws.integers(key, 1, self.target_length - size + 1, stream=2))
+        index, positions = skipped(size, first, end, skip)
+        labels = torch.as_tensor(feature.get("labels", tokens), dtype=torch.int64)
+        return {
+            "input_ids": tokens[index],
+            "labels": labels[index],
+            "position_ids": positions,
+            "attention_mask": torch.ones_like(positions),
+        }
+
+
+def skipped(size: int, first: int, end: int, skip: int) -> tuple[Tensor, Tensor]:
+    """Which tokens of a document make a sample of `size` tokens, and where they stand, each int64 [size].
+
+    Args:
+        first: tokens of the first chunk, at the document's start.
+        end: where in the document the second chunk ends.
+        skip: by how much its positions are shifted.
+    """
+    place = torch.arange(size)
+    second = place >= first
+    return torch.where(second, place + end - size, place), torch.where(second, place + skip, place)
