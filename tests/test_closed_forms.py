@@ -240,7 +240,7 @@ def test_dynamic_yarn_is_yarn_of_the_length(geometry: Any, options: dict[str, An
     half=st.integers(2, 128),
     base=st.floats(100, 1e7),
     trained=st.integers(64, 65536),
-    factor=st.floats(1, 64),
+    factor=st.floats(1, 32),  # which magnifies transformers' float32 rounding of the ramp
     growth=st.floats(0.1, 16),
     truncate=st.booleans(),
     mscales=st.none() | st.tuples(st.floats(0.1, 2), st.floats(0.1, 2)),
