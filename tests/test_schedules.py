@@ -110,7 +110,9 @@ def test_up_to_the_trained_length_nothing_changes(method: str, geometry: Any) ->
     assert geometry.dim == 2 or not torch.equal(beyond.inv_freq, geometry.inv_freq())
 
 
-@pytest.mark.parametrize("method", ["linear", "ntk", "abf", "ntk_by_parts", "yarn", "llama3", "longrope", "e2llm", "clex"])
+@pytest.mark.parametrize(
+    "method", ["linear", "ntk", "abf", "ntk_by_parts", "yarn", "llama3", "longrope", "e2llm", "clex"]
+)
 @geometries
 def test_factor_one_is_the_identity(method: str, geometry: Any) -> None:
     _, inv_freq, amplitude = fitted(ropex.schedule(method, factor=1), geometry).at(geometry, length=10)
@@ -147,7 +149,7 @@ def test_schedules_are_values(schedule: ropex.FrequencySchedule) -> None:
         # A learned one is its weights, too: it equals itself alone.
         assert (twin == schedule) is not schedule.learned
         assert (hash(twin) == hash(schedule)) is not schedule.learned
-    assert schedule == schedule  # noqa: PLR0124
+    assert schedule == schedule
     assert len(set(ROSTER)) == len(ROSTER)
 
 
@@ -241,7 +243,9 @@ def test_draws_depend_on_the_key_alone(schedule: ropex.FrequencySchedule) -> Non
 @drawing
 def test_a_training_request_without_keys_is_an_error(schedule: ropex.FrequencySchedule) -> None:
     request = training_request(GEOMETRIES[0], key=None)
-    with pytest.raises(ValueError, match=r'key=None in a training request to ".*", which draws: must be int64 \[batch\]'):
+    with pytest.raises(
+        ValueError, match=r'key=None in a training request to ".*", which draws: must be int64 \[batch\]'
+    ):
         schedule.rotation(request)
 
 

@@ -191,7 +191,9 @@ def _no_target(method: str, name: str, value: object, options: Mapping[str, Any]
     return f'{name}={value!r}: method "{method}" has no target length; leave {name} out'
 
 
-def _reaches(factor: float, trained_length: int, length: int) -> bool:
+def _reaches(factor: float | Literal["auto"], trained_length: int, length: int) -> bool:
+    if factor == "auto":
+        return False
     require_factor(factor)
     return round(factor * trained_length) == length
 
