@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ropex import draws
 from ropex._checks import require_choice, require_int
@@ -160,29 +161,28 @@ class PoSECollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         draw = torch.randint(2**62, (), generator=self.generator)
-        rows = [self._sample(feature, draw) for feature in features]
-        width = max(len(row["input_ids"]) for row in rows)
+        rows = [self._sample(feature, draw, number) for number, feature in enumerate(features)]
         fill = {"input_ids": self.pad_token_id, "labels": -100, "position_ids": 0, "attention_mask": 0}
         return {
-            name: torch.stack(
-                [torch.nn.functional.pad(row[name], (0, width - len(row[name])), value=v) for row in rows]
-            )
-            for name, v in fill.items()
+            name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
+            for name, value in fill.items()
         }
 
-    def _sample(self, feature: Mapping[str, Any], draw: Tensor) -> dict[str, Tensor]:
-        tokens = torch.as_tensor(feature["input_ids"], dtype=torch.int64)[: self.target_length]
-        if tokens.dim() != 1 or not len(tokens):
+    def _sample(self, feature: Mapping[str, Any], draw: Tensor, number: int) -> dict[str, Tensor]:
+        tokens = torch.as_tensor(feature["input_ids"], dtype=torch.int64)
+        labels = torch.as_tensor(feature.get("labels", tokens), dtype=torch.int64)
+        if tokens.dim() != 1 or not len(tokens) or labels.shape != tokens.shape:
             raise ValueError(
-                f"input_ids of the shape {list(tokens.shape)}: must be one document's tokens, at least one"
+                f"input_ids of the shape {list(tokens.shape)} with labels of the shape {list(labels.shape)}: must be one "
+                "document's tokens, at least one, and as many labels; split batches into features"
             )
-        key = draws.sample_keys(int(draws.next_key(tokens).sum()), draw, torch.zeros(1, dtype=torch.int64))
+        tokens = tokens[: self.target_length]
+        key = draws.sample_keys(int(draws.next_key(tokens).sum()), draw, torch.tensor([number]))
         size = min(self.window, len(tokens))
         first = 1 + int(draws.integers(key, 1, (size + 1) // 2))
         end = size + int(draws.integers(key, 1, len(tokens) - size + 1, stream=1))
         skip = int(draws.integers(key, 1, self.target_length - size + 1, stream=2))
         index, positions = skipped(size, first, end, skip)
-        labels = torch.as_tensor(feature.get("labels", tokens), dtype=torch.int64)
         return {
             "input_ids": tokens[index],
             "labels": labels[index],
