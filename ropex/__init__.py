@@ -5,7 +5,7 @@ be used alone: schedules (`ropex.schedule`), the rotation (`ropex.rotate`), a mo
 measuring (`ropex.evaluation`).
 """
 
-from ropex import evaluation, kernels, scaling
+from ropex import draws, evaluation, kernels, scaling
 from ropex._version import __version__ as __version__
 from ropex.kernels import rotate
 from ropex.patching import Inspection, Patch, UnsupportedModelError, inspect, patch, unpatch
@@ -22,6 +22,7 @@ __all__ = [
     "RotaryEmbedding",
     "Rotation",
     "UnsupportedModelError",
+    "draws",
     "evaluation",
     "inspect",
     "kernels",

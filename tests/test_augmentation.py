@@ -184,9 +184,14 @@ def test_a_collated_second_chunk_sees_the_first() -> None:
         (
             {"window": 4, "target_length": 8},
             [{"input_ids": []}],
-            r"input_ids of the shape \[0\]: must be one document's",
+            r"input_ids of the shape \[0\] with labels of the shape \[0\]: must be one document's",
         ),
-        ({"window": 4, "target_length": 8}, [{"input_ids": [[1]]}], r"input_ids of the shape \[1, 1\]: must be one"),
+        ({"window": 4, "target_length": 8}, [{"input_ids": [[1]]}], r"input_ids of the shape \[1, 1\] with labels"),
+        (
+            {"window": 4, "target_length": 8},
+            [{"input_ids": [1, 2], "labels": [1]}],
+            r"input_ids of the shape \[2\] with labels of the shape \[1\]: .* as many labels; split",
+        ),
     ],
 )
 def test_collators_errors(options: Any, features: Any, message: str) -> None:

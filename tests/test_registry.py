@@ -10,6 +10,7 @@ import torch
 
 import ropex
 from ropex import scaling
+from ropex.scaling.registry import accepted_options
 from tests.oracles import ROSTER
 
 NAN, INF = float("nan"), float("inf")
@@ -37,8 +38,8 @@ def test_wrappers_make_their_inner_schedule() -> None:
     # Where the inner schedule takes no factor, the wrapper does.
     assert schedule("pose", inner="drope", factor=8) == scaling.PoSE(schedule("drope"), factor=8)
     assert schedule("pose", inner=yarn, factor=2) == scaling.PoSE(yarn, factor=2)
-    assert scaling.accepted_options("pose", "drope") == ["inner", "factor"]
-    assert scaling.accepted_options("resonance", "pi") == ["inner", "factor"]
+    assert accepted_options("pose", "drope") == ["inner", "factor"]
+    assert accepted_options("resonance", "pi") == ["inner", "factor"]
 
 
 FACTOR = r"must be a finite number >= 1; pass target length / trained length"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -22,9 +23,10 @@ REPOSITORY = ROOT.parent
 
 # Imports point strictly down, and scaling and kernels never meet.
 LAYERS = {
-    "_checks": 0,
-    "_version": 0,
-    "rotation": 0,
+    "_checks": -2,
+    "_version": -2,
+    "rotation": -1,
+    "draws": 0,
     "scaling": 1,
     "kernels": 1,
     "rotary": 2,
@@ -60,8 +62,27 @@ def test_imports_point_strictly_down(path: Path) -> None:
                 continue
             target = rest.split(".")[0] if rest else "__init__"
             if target in LAYERS and target != part:
-                below = LAYERS[target] < LAYERS[part] or (LAYERS[part] == 0 and target == "_checks")
-                assert below, f"{path} imports {name}"
+                assert LAYERS[target] < LAYERS[part], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scaling").glob("*.py")), ids=lambda path: path.name)
+def test_strategies_know_each_other_through_base_alone(path: Path) -> None:
+    if path.name in ("__init__.py", "registry.py"):
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ropex.scaling"):
+            assert node.module == "ropex.scaling.base"
+
+
+@pytest.mark.parametrize("cls", ropex.methods().values(), ids=lambda cls: cls.__name__)
+def test_a_strategy_is_short(cls: type) -> None:
+    """At most 40 lines; the docstring and blank lines do not count."""
+    source = inspect.getsource(cls)
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    docstring, source = definition.body[0], source.splitlines()
+    code = source[: docstring.lineno - 1] + source[docstring.end_lineno or 0 :]
+    assert len([line for line in code if line.strip()]) <= 40
 
 
 def test_every_part_has_a_layer() -> None:
@@ -83,7 +104,7 @@ def test_importing_ropex_is_light() -> None:
 
 def public_names() -> list[str]:
     names = [f"ropex.{name}" for name in ropex.__all__]
-    for part in (ropex.scaling, ropex.kernels, ropex.evaluation):
+    for part in (ropex.draws, ropex.scaling, ropex.kernels, ropex.evaluation):
         names += [f"{part.__name__}.{name}" for name in part.__all__]
     return names
 

@@ -8,7 +8,7 @@ from ropex.scaling.llama3 import Llama3
 from ropex.scaling.longrope import LongRoPE
 from ropex.scaling.ntk import AdjustedBase, DynamicNTK, NTKAware
 from ropex.scaling.pose import PoSE, PoSECollator, RandomPositions
-from ropex.scaling.registry import accepted_options, from_dict, methods, schedule, schedule_class, schedule_for
+from ropex.scaling.registry import from_dict, methods, schedule, schedule_class, schedule_for
 from ropex.scaling.resonance import Resonance
 from ropex.scaling.truncated import DroPE, PowerBasis, ProportionalRoPE, TruncatedBasis
 from ropex.scaling.yarn import DynamicYaRN, NTKByParts, YaRN
@@ -35,7 +35,6 @@ __all__ = [
     "TruncatedBasis",
     "Unscaled",
     "YaRN",
-    "accepted_options",
     "from_dict",
     "methods",
     "schedule",

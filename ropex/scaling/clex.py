@@ -23,9 +23,14 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "silu
 _INPUT_BOUND = 100.0
 
 
-class _Net(nn.Module):
-    """The learned part of the equation, `act(x up_proj) down_proj`, and its integral."""
+class _Equation(nn.Module):
+    """The differential equation: its net and its solution. The fields are those of `CLEX`."""
 
+    dim: int | None
+    max_factor: int
+    step: float
+    activation: str
+    net_base: float | None
     up_proj: nn.Parameter
     down_proj: nn.Parameter
 
@@ -40,29 +45,36 @@ class _Net(nn.Module):
         nn.init.kaiming_uniform_(self.up_proj, a=math.sqrt(5))
         nn.init.zeros_(self.down_proj)
 
-    def residual(
-        self, log_theta: Tensor, log_net: Tensor, t: Tensor, *, steps: int, step: float, activation: str
-    ) -> Tensor:
+    def inv_freq(self, request: Request, t: Tensor) -> Tensor:
+        """The frequencies at t, 1 to max_factor: [half] for a 0-d t, [batch, 1, half] for one of [batch, 1, 1]."""
+        theta, base = request.inv_freq(), self.net_base or request.geometry.base
+        t = t.to(theta.dtype)
+        ntk = ntk_stretched(theta, 2 * t - 1)
+        _require_dim(self.dim, request.geometry)
+        if self.dim is None:
+            return ntk
+        index = torch.arange(len(theta), dtype=theta.dtype, device=theta.device)
+        at_one = theta.log() - index / len(theta) * math.log(base)
+        return ntk * self._residual(at_one, t).clamp(max=math.log(2 * math.pi) - ntk.log()).exp()
+
+    def _residual(self, at_one: Tensor, t: Tensor) -> Tensor:
         """What the net adds to ln inv_freq from 1 to t: by Runge-Kutta steps of the fourth order, as many for every t.
 
         Args:
-            log_theta: ln of the frequencies at t = 1, [half].
-            log_net: ln of the frequencies at t = 1 of the net's own base, [half].
-            t: 0-d or [batch, 1, 1], at most `1 + steps * step`; steps beyond it have a width of 0.
+            at_one: what the net takes at t = 1, `ln inv_freq + ln omega`, [half].
+            t: 0-d or [batch, 1, 1]; steps beyond it have a width of 0.
         """
-        act = _ACTIVATIONS[activation]
-        up, down = self.up_proj.to(log_theta), self.down_proj.to(log_theta)
-        exponent = ntk_exponent(log_theta)
+        act, up, down = _ACTIVATIONS[self.activation], self.up_proj.to(at_one), self.down_proj.to(at_one)
+        exponent = ntk_exponent(at_one)
 
         def slope(time: Tensor, residual: Tensor) -> Tensor:
-            # Both y and ln omega carry the stretch of NTK.
-            x = log_theta + log_net - 2 * exponent * (2 * time - 1).log() + residual
+            x = at_one - 2 * exponent * (2 * time - 1).log() + residual  # both logarithms carry the stretch of NTK
             return act(x.clamp(-_INPUT_BOUND, _INPUT_BOUND) @ up) @ down
 
-        residual = torch.zeros_like(log_theta * t)
-        for number in range(steps):
-            start = 1 + number * step
-            h = (t - start).clamp(0, step)
+        residual = torch.zeros_like(at_one * t)
+        for number in range(math.ceil((self.max_factor - 1) / self.step)):
+            start = 1 + number * self.step
+            h = (t - start).clamp(0, self.step)
             first = slope(start + 0 * h, residual)
             second = slope(start + h / 2, residual + h / 2 * first)
             third = slope(start + h / 2, residual + h / 2 * second)
@@ -72,7 +84,7 @@ class _Net(nn.Module):
 
 
 @dataclass(eq=False)
-class CLEX(_Net, FrequencySchedule):
+class CLEX(_Equation, FrequencySchedule):
     """Log frequencies follow a learned differential equation in the factor t, from the model's own at t = 1.
 
     With y = ln inv_freq and the NTK-aware frequencies omega(t) of alpha = 2 t - 1,
@@ -152,20 +164,6 @@ class CLEX(_Net, FrequencySchedule):
         t = 1 + draws.integers(key[:1], 1, self.max_factor)[0, 0]
         positions = looked_up(_sampled(draws.next_key(key), window, t, self.max_factor), positions)
         return Rotation(positions, self.inv_freq(request, t) / max(window // trained_length, 1))
-
-    def inv_freq(self, request: Request, t: Tensor) -> Tensor:
-        """The frequencies at t, 1 to max_factor: [half] for a 0-d t, [batch, 1, half] for one of [batch, 1, 1]."""
-        theta = request.inv_freq()
-        t = t.to(theta.dtype)
-        ntk = ntk_stretched(theta, 2 * t - 1)
-        _require_dim(self.dim, request.geometry)
-        if self.dim is None:
-            return ntk
-        index = torch.arange(len(theta), dtype=theta.dtype, device=theta.device)
-        log_net = -index / len(theta) * math.log(self.net_base or request.geometry.base)
-        steps = math.ceil((self.max_factor - 1) / self.step)
-        residual = self.residual(theta.log(), log_net, t, steps=steps, step=self.step, activation=self.activation)
-        return ntk * residual.clamp(max=math.log(2 * math.pi) - ntk.log()).exp()
 
     def target_length(self, trained_length: int) -> int:
         return round((self.factor or self.max_factor) * trained_length)

@@ -173,8 +173,8 @@ class PoSECollator:
         labels = torch.as_tensor(feature.get("labels", tokens), dtype=torch.int64)
         if tokens.dim() != 1 or not len(tokens) or labels.shape != tokens.shape:
             raise ValueError(
-                f"input_ids of the shape {list(tokens.shape)} with labels of the shape {list(labels.shape)}: must be one "
-                "document's tokens, at least one, and as many labels; split batches into features"
+                f"input_ids of the shape {list(tokens.shape)} with labels of the shape {list(labels.shape)}: must be "
+                "one document's tokens, at least one, and as many labels; split batches into features"
             )
         tokens = tokens[: self.target_length]
         key = draws.sample_keys(int(draws.next_key(tokens).sum()), draw, torch.tensor([number]))
