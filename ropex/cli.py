@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from datetime import datetime
 from enum import StrEnum
@@ -33,8 +34,10 @@ from ropex._version import __version__
 from ropex.evaluation.compare import compare_methods, plot_perplexity, write_json
 from ropex.evaluation.loading import load_model, load_text
 from ropex.evaluation.perplexity import bin_edges
-from ropex.scaling.base import FrequencySchedule, option_names
-from ropex.scaling.registry import schedule_class
+from ropex.evaluation.wavelengths import plot_wavelengths
+from ropex.rotation import Geometry
+from ropex.scaling.base import FrequencySchedule, Wrapper, require_factor
+from ropex.scaling.registry import accepted_options, schedule_class, schedule_for, target_option
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 out = Console() if sys.stdout.isatty() else Console(width=160)
@@ -86,6 +89,62 @@ def perplexity(
         _perplexity(model, text, methods, factor, length, bins, dtype, device, out_dir)
     except ValueError as error:
         _fail(str(error))
+
+
+@app.command()
+def methods(
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw wavelength against pair index into this PNG or SVG file.")
+    ] = None,
+    names: Annotated[
+        str | None, typer.Option("--methods", help="Methods to show, separated by commas. Default: all.")
+    ] = None,
+    factor: Annotated[float, typer.Option(help="Target length / trained length, of the picture.")] = 8.0,
+    dim: Annotated[int, typer.Option(help="Rotary dimension, of the picture.")] = 128,
+    base: Annotated[float, typer.Option(help="Base (rope_theta), of the picture.")] = 10_000.0,
+    trained_length: Annotated[int, typer.Option(help="Trained length in tokens, of the picture.")] = 4096,
+) -> None:
+    """The methods there are; with --plot also what each does to the wavelengths."""
+    try:
+        chosen = _split(names) if names is not None else list(ropex.methods())
+        table = _methods_table(chosen)
+        if plot is not None:
+            _plot_methods(plot, chosen, factor, Geometry(dim, base, trained_length))
+        out.print(table)
+        if plot is not None:
+            out.print(f"wrote {plot}", highlight=False, soft_wrap=True)
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _methods_table(names: list[str]) -> Table:
+    table = Table()
+    for column in ("method", "training-free", "length-dependent", "learned", "paper"):
+        table.add_column(column)
+    for name in names:
+        cls = schedule_class(name)
+        label, yes, no = name, "yes", "no"
+        if issubclass(cls, Wrapper):  # what it wraps decides what it leaves open
+            label, yes, no = f"{name} ({cls.default_inner})", "as inner", "as inner"
+        free = yes if cls.training_free else "no"
+        table.add_row(label, free, *("yes" if has else no for has in (cls.length_dependent, cls.learned)), cls.paper)
+    return table
+
+
+def _plot_methods(path: Path, names: list[str], factor: float, geometry: Geometry) -> None:
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"plot={str(path)!r}: must end in .png or .svg; pass such a file")
+    require_factor(factor)
+    length = round(factor * geometry.trained_length)
+    schedules = {}
+    for name in dict.fromkeys(("none", *names)):
+        target = {} if target_option(name) is None else {"length": length}
+        reach = {"max_factor": max(16, math.ceil(factor))} if name == "clex" else {}
+        schedules[name] = schedule_for(name, geometry.trained_length, **target, **reach)
+    try:
+        plot_wavelengths(path, schedules, geometry, length=length)
+    except OSError as error:
+        raise ValueError(f"plot={str(path)!r}: must be a file that can be written; {error.strerror}") from error
 
 
 def _perplexity(
@@ -168,11 +227,16 @@ def _perplexity(
 
 
 def _schedules(methods: str, factor: float) -> dict[str, FrequencySchedule]:
+    names = _split(methods)
+    takes_factor = {name: "factor" in accepted_options(name) for name in names}
+    return {name: ropex.schedule(name, **({"factor": factor} if takes_factor[name] else {})) for name in names}
+
+
+def _split(methods: str) -> list[str]:
     names = [name.strip() for name in methods.split(",")]
     if len(set(names)) < len(names):
         raise ValueError(f"methods={methods!r}: must not repeat a method; remove the second one")
-    takes_factor = {name: "factor" in option_names(schedule_class(name)) for name in names}
-    return {name: ropex.schedule(name, **({"factor": factor} if takes_factor[name] else {})) for name in names}
+    return names
 
 
 def _bins(bins: str) -> int | list[int]:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
+from matplotlib.axes import Axes
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -171,6 +173,78 @@ def test_a_model_without_rotary_embeddings(text_file: Path, model_dir: Path, tmp
     result = run("perplexity", "--model", tmp_path / "gpt2", "--text", text_file, "--length", 50)
     assert result.exit_code == 2
     assert "GPT2LMHeadModel has no rotary embedding module" in result.stderr
+
+
+def test_methods() -> None:
+    result = run("methods")
+    assert result.exit_code == 0, result.output
+    rows = {row.split("│")[1].strip(): row for row in result.stdout.splitlines() if row.startswith("│")}
+    assert [name.split()[0] for name in rows] == list(ropex.methods())
+    for name, cls in ropex.methods().items():
+        row = rows[name] if name in rows else next(row for label, row in rows.items() if label.startswith(f"{name} ("))
+        assert cls.paper in row
+    assert [cell.strip() for cell in rows["clex"].split("│")[2:5]] == ["no", "yes", "yes"]
+    assert [cell.strip() for cell in rows["resonance (yarn)"].split("│")[2:5]] == ["as inner"] * 3
+    assert [cell.strip() for cell in rows["pose (linear)"].split("│")[2:5]] == ["no", "as inner", "as inner"]
+
+
+def test_the_picture_of_the_methods(tmp_path: Path) -> None:
+    result = run("methods", "--plot", tmp_path / "all.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {tmp_path / 'all.png'}" in result.stdout
+    some = ("--methods", "drope,clex", "--factor", 40, "--dim", 64, "--base", 5e5, "--trained-length", 1000)
+    result = run("methods", *some, "--plot", tmp_path / "some.svg")
+    assert result.exit_code == 0, result.output
+    assert "<svg" in (tmp_path / "some.svg").read_text()
+    assert "drope" in result.stdout
+    assert "longrope" not in result.stdout
+
+
+def test_the_picture_shows_what_the_schedules_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    plot = Axes.plot
+
+    def record(self: Axes, wave: Any, **style: Any) -> Any:
+        drawn[style["label"]] = wave
+        return plot(self, wave, **style)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    geometry = ropex.Geometry(32, 1e4, 512)
+    arguments = ("--factor", 4, "--dim", 32, "--trained-length", 512, "--plot", tmp_path / "all.png")
+    assert run("methods", *arguments).exit_code == 0
+    assert list(drawn) == list(ropex.methods())
+    for name, schedule in (
+        ("linear", ropex.schedule("linear", factor=4)),
+        ("dynamic_yarn", ropex.schedule("yarn", factor=4)),
+        ("clex", ropex.schedule("ntk", factor=7)),
+        ("longrope", ropex.schedule("yarn", factor=4, blend="wavelength")),
+    ):
+        want = 2 * torch.pi / schedule.at(geometry, length=1).inv_freq
+        torch.testing.assert_close(drawn[name], want, rtol=1e-12, atol=0)
+    assert len(drawn["drope"].unique()) == 1, "at the upper edge"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "yarnn"], "method='yarnn': must be one of"),
+        (["--methods", "ntk,ntk"], "methods='ntk,ntk': must not repeat a method"),
+        (["--plot", "x.gif"], "plot='x.gif': must end in .png or .svg; pass such a file"),
+        (["--plot", "/no/such/folder/x.png"], "must be a file that can be written; No such file or directory"),
+        (["--plot", "x.png", "--factor", "0.5"], "factor=0.5: must be a finite number >= 1"),
+        (["--plot", "x.png", "--dim", "7"], "dim=7: must be even"),
+        (["--plot", "x.png", "--base", "1"], "base=1.0: must be a finite number > 1"),
+        (["--plot", "x.png", "--trained-length", "0"], "trained_length=0: must be an int >= 1"),
+    ],
+)
+def test_bad_arguments_of_methods(arguments: list[str], message: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("methods", *arguments)
+    assert result.exit_code == 2, result.output
+    assert " ".join(message.split()) in " ".join(result.stderr.split())
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_version_and_help() -> None:

@@ -141,7 +141,7 @@ class CLEX(_Equation, FrequencySchedule):
     learned = True
     training_free = False
     augments = True
-    length_dependent = True
+    length_dependent = True  # unless the factor is given
 
     def __post_init__(self) -> None:
         super().__init__()

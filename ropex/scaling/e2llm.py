@@ -47,6 +47,7 @@ class E2LLM(FrequencySchedule):
     keep_first: int = 4
     method: ClassVar[str] = "e2llm"
     paper: ClassVar[str] = "Liu et al. 2024, arXiv:2401.06951"
+    length_dependent = True  # unless the factor is given
     training_free = False
     augments = True
 

@@ -19,7 +19,7 @@ from ropex.scaling.resonance import Resonance
 from ropex.scaling.truncated import DroPE, PowerBasis, ProportionalRoPE, TruncatedBasis
 from ropex.scaling.yarn import DynamicYaRN, NTKByParts, YaRN
 
-__all__ = ["accepted_options", "from_dict", "methods", "schedule", "schedule_class", "schedule_for"]
+__all__ = ["accepted_options", "from_dict", "methods", "schedule", "schedule_class", "schedule_for", "target_option"]
 
 _METHODS: dict[str, type[FrequencySchedule]] = {
     cls.method: cls
@@ -132,13 +132,13 @@ def _with_inner(cls: type[Wrapper], inner: str | None = None, **options: Any) ->
     return {"inner": schedule(inner, **meant), **kept}
 
 
-def _target(method: str, inner: str | FrequencySchedule | None = None) -> str | None:
+def target_option(method: str, inner: str | FrequencySchedule | None = None) -> str | None:
     """The option that says how far a method shall reach: of a wrapper, that of its inner schedule."""
     cls = schedule_class(method)
     if not issubclass(cls, Wrapper):
         return cls.target
     inner = inner or cls.default_inner
-    if not isinstance(inner, FrequencySchedule) and (target := _target(inner)):
+    if not isinstance(inner, FrequencySchedule) and (target := target_option(inner)):
         return target
     return "factor" if "factor" in option_names(cls) else None
 
@@ -162,7 +162,7 @@ def schedule_for(
             name, value = next(iter(given.items()))
             raise ValueError(f"{name}={value!r} with the schedule {method!r}: it has its own options; set {name} there")
         return method
-    target = _target(method, options.get("inner"))
+    target = target_option(method, options.get("inner"))
     if factor is not None:
         if target is None:
             raise ValueError(_no_target(method, "factor", factor, options))
