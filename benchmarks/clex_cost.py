@@ -11,6 +11,7 @@ model. Writes clex_cost.json to benchmarks/results.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def released(net: CLEX, step: float, act: Activation, dtype: torch.dtype) -> Ten
 
     def slope(t: Tensor, y: Tensor) -> Tensor:
         alpha = 2 * t - 1
-        log_omega = -2 * index / dim * (torch.tensor(GEOMETRY.base).log() + dim / (dim - 2) * alpha.log())
+        log_omega = -2 * index / dim * (math.log(GEOMETRY.base) + dim / (dim - 2) * alpha.log())
         return act((y + log_omega) @ up) @ down - 4 * index / ((dim - 2) * alpha)
 
     times = torch.tensor([1.0, MAX_FACTOR], dtype=dtype)
