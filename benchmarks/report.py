@@ -109,9 +109,39 @@ float32 frequencies taken as exact. `exact` is what a patch uses, `float32` is t
 """
 
 
+def clex_cost() -> str:
+    result = load("clex_cost.json")
+    rows = [
+        [
+            row["solver"],
+            f"{row['step']:g}",
+            str(row["evaluations"]),
+            f"{row['relative_error']:.1e}",
+            f"{row['time_over_ropex']['median']:.1f} ({row['time_over_ropex']['quartile_1']:.1f}-"
+            f"{row['time_over_ropex']['quartile_3']:.1f})",
+        ]
+        for row in result["solvers"]
+    ]
+    share = result["training"]["share"]
+    return f"""## What CLEX costs
+
+Its frequencies at t = {result["max_factor"]}, forward and backward: evaluations of the net, largest relative error
+against a fine solution in float64, and time over that of ropex's default in the same process, median and quartiles of
+{result["rounds"]} rounds. `released` solves the whole equation in float32 with torchdiffeq's `rk4`, in steps of 0.01 as
+in the released code; ropex integrates the net's part around the closed-form drift, in float64.
+
+{table(["solver", "step", "evaluations", "relative error", "time / ropex at 0.5"], rows)}
+
+In a training step of {result["training"]["model"]} on {result["training"]["tokens"]} tokens, the default takes
+{100 * share["median"]:.2f} % ({100 * share["quartile_1"]:.2f}-{100 * share["quartile_3"]:.2f}) of the time.
+
+`python -m benchmarks.clex_cost` ([JSON](../benchmarks/results/clex_cost.json)). {environment(result)}
+"""
+
+
 def page() -> str:
     head = "# Results\n\nMade from the JSON in `benchmarks/results` by `python -m benchmarks.report`.\n"
-    return "\n".join((head, perplexity(), angles(), patch_overhead()))
+    return "\n".join((head, perplexity(), angles(), patch_overhead(), clex_cost()))
 
 
 def readme() -> str:

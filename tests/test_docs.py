@@ -11,10 +11,13 @@ import pytest
 import ropex
 from benchmarks import report
 from ropex.scaling.base import option_names
-from tests.oracles import TRAINED_LENGTH, tiny_model
+from tests.oracles import TRAINED_LENGTH, tiny_model, tiny_tokens
 
 REPOSITORY = Path(ropex.__file__).parents[1]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
+
+
+METHOD_PAGES = sorted((REPOSITORY / "docs" / "methods").glob("*.md"))
 
 
 def code_blocks(page: Path) -> list[str]:
@@ -48,9 +51,26 @@ def test_the_schedule_of_the_extending_page_works(tmp_path: Path, monkeypatch: p
         assert patch.model.config.max_position_embeddings == 2 * TRAINED_LENGTH
 
 
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=lambda page: page.stem)
+def test_a_methods_page_has_its_picture_and_an_example_that_runs(page: Path) -> None:
+    text = page.read_text()
+    assert text.startswith(f"# {page.stem}\n")
+    assert f"]({page.stem}.png)" in text
+    assert f"`help(ropex.scaling.{ropex.methods()[page.stem].__name__})`" in text
+    (block,) = code_blocks(page)
+    exec(compile(block, page.name, "exec"), {"model": tiny_model("llama"), "input_ids": tiny_tokens(40)})
+
+
+def test_every_method_has_its_page_and_place_in_the_choice() -> None:
+    assert {page.stem for page in METHOD_PAGES} == set(ropex.methods())
+    choosing = (REPOSITORY / "docs" / "choosing.md").read_text()
+    for name in ropex.methods():
+        assert f"| [{name}](methods/{name}.md) |" in choosing
+
+
 def test_readme_lists_every_method_with_its_options() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     for name, cls in ropex.methods().items():
-        (row,) = re.findall(rf"^\| `{name}`.*$", readme, flags=re.M)
+        (row,) = re.findall(rf"^\| \[`{name}`\]\(docs/methods/{name}.md\).*$", readme, flags=re.M)
         for option in option_names(cls):
             assert f"`{option}`" in row
