@@ -33,7 +33,7 @@ def sample_keys(seed: int, step: Tensor, samples: Tensor) -> Tensor:
         int64 [batch].
     """
     seed = (seed + 2**63) % 2**64 - 2**63  # what an int64 can hold of it
-    return _mix(_mix(step * _GOLDEN_RATIO + seed) + samples * _GOLDEN_RATIO)
+    return _counted(_mix(step * _GOLDEN_RATIO + seed), samples)
 
 
 def next_key(key: Tensor) -> Tensor:
@@ -93,7 +93,16 @@ def subset(key: Tensor, n: int, bound: int | Tensor, *, limit: int, stream: int 
 def _bits(key: Tensor, n: int, stream: int) -> Tensor:
     """64 random bits, int64 [batch, n]."""
     state = _mix(key + (stream + 1) * _FIRST % 2**63)
-    return _mix(state[..., None] + torch.arange(1, n + 1, device=key.device) * _GOLDEN_RATIO)
+    return _counted(state[..., None], torch.arange(n, device=key.device))
+
+
+def _counted(state: Tensor, counter: Tensor) -> Tensor:
+    """One word for each count.
+
+    Two rounds on the plain count instead of one on its multiple: TorchInductor turns the multiple of an `arange` into
+    index arithmetic of C++, where overflow is undefined, and the compiler then drops the end of the loop.
+    """
+    return _mix(_mix(state ^ counter) + _GOLDEN_RATIO)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -24,14 +24,14 @@ def chi_square(counts: Tensor, expected: float) -> float:
 def test_the_numbers_are_the_same_everywhere() -> None:
     """Fixed values: a run that is resumed with another version, device or compiler draws what it would have drawn."""
     keys = draws.sample_keys(42, torch.tensor(7), torch.arange(2))
-    assert keys.tolist() == [4119719774661388929, -4026654402003481814]
+    assert keys.tolist() == [-5002562575417668312, 8828201108751170864]
     assert draws.uniform(keys, 2).tolist() == [
-        [0.29227518546719766, 0.0025839392940273376],
-        [0.7529153949164769, 0.3411995143048332],
+        [0.8296845990069328, 0.22128410700738166],
+        [0.901960633234321, 0.1668185183733314],
     ]
-    assert draws.integers(keys, 4, 1000, stream=1).tolist() == [[504, 991, 964, 118], [189, 896, 218, 867]]
-    assert draws.subset(keys, 3, 100, limit=200).tolist() == [[1, 9, 66], [22, 61, 78]]
-    assert draws.next_key(keys).tolist() == [-148095785649398125, 4806256681715048941]
+    assert draws.integers(keys, 4, 1000, stream=1).tolist() == [[582, 739, 324, 829], [732, 846, 833, 272]]
+    assert draws.subset(keys, 3, 100, limit=200).tolist() == [[17, 56, 61], [62, 81, 87]]
+    assert draws.next_key(keys).tolist() == [-7106076387290539325, -1872758164643950430]
 
 
 def test_arithmetic_is_that_of_64_bit_words() -> None:
@@ -117,12 +117,16 @@ def test_compiled_draws_are_the_same() -> None:
         assert torch.equal(got, want)
 
 
-@pytest.mark.slow
 def test_draws_compiled_by_inductor_are_the_same() -> None:
-    def draw(key: Tensor, bound: Tensor) -> tuple[Tensor, ...]:
-        return draws.uniform(key, 5), draws.integers(key, 5, bound), draws.next_key(key)
+    """Odd sizes, and keys made inside the graph: index arithmetic that overflows would overrun the output."""
+
+    def draw(step: Tensor, bound: Tensor) -> tuple[Tensor, ...]:
+        key = draws.sample_keys(3, step, torch.arange(5))
+        return key, draws.uniform(key, 254), draws.integers(key, 61, bound), draws.next_key(key)
 
     torch.compiler.reset()
     compiled = torch.compile(draw, fullgraph=True)
-    for got, want in zip(compiled(KEYS[:500], torch.tensor(9)), draw(KEYS[:500], torch.tensor(9)), strict=True):
-        assert torch.equal(got, want)
+    for step in range(20):
+        arguments = torch.tensor(step), torch.tensor(9)
+        for got, want in zip(compiled(*arguments), draw(*arguments), strict=True):
+            assert torch.equal(got, want)
