@@ -30,13 +30,14 @@ except ModuleNotFoundError as error:
 import torch
 
 import ropex
+from ropex._checks import require_number
 from ropex._version import __version__
 from ropex.evaluation.compare import compare_methods, plot_perplexity, write_json
 from ropex.evaluation.loading import load_model, load_text
 from ropex.evaluation.perplexity import bin_edges
 from ropex.evaluation.wavelengths import plot_wavelengths
 from ropex.rotation import Geometry
-from ropex.scaling.base import FrequencySchedule, Wrapper, require_factor
+from ropex.scaling.base import FrequencySchedule, Wrapper
 from ropex.scaling.registry import accepted_options, schedule_class, schedule_for, target_option
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -134,7 +135,7 @@ def _methods_table(names: list[str]) -> Table:
 def _plot_methods(path: Path, names: list[str], factor: float, geometry: Geometry) -> None:
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"plot={str(path)!r}: must end in .png or .svg; pass such a file")
-    require_factor(factor)
+    require_number("factor", factor, minimum=1, maximum=2**40 / geometry.trained_length, remedy="pass a smaller factor")
     length = round(factor * geometry.trained_length)
     schedules = {}
     for name in dict.fromkeys(("none", *names)):

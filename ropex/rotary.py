@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ class RotaryEmbedding(nn.Module):
     state_dict only `step`, where the schedule draws.
 
     In training mode a schedule that draws gets one key per row of the positions, made from the seed, the step, and the
-    row's index among the rows of all data-parallel ranks. Every call in training mode is a step.
+    row's index among the rows of all data-parallel ranks. Every call in training mode is a step, so that none may be
+    recomputed: checkpoint a model's layers, as transformers does, not a whole that contains this module.
 
     Args:
         geometry: how the model was (or will be) trained.
@@ -42,6 +44,7 @@ class RotaryEmbedding(nn.Module):
     inv_freq: Tensor
     pinned: Tensor
     step: Tensor
+    schedule: FrequencySchedule
 
     def __init__(
         self, geometry: Geometry, schedule: FrequencySchedule, *, seed: int = 0, data_rank: int | None = None
@@ -60,12 +63,13 @@ class RotaryEmbedding(nn.Module):
             require_int("data_rank", data_rank, minimum=0, remedy="pass the data-parallel rank, or None")
         self.geometry = geometry
         with torch.inference_mode(False):  # a tensor made in inference mode could not be pinned or trained with later
-            self.schedule = schedule.for_geometry(geometry)
+            schedule = schedule.for_geometry(geometry)
+        object.__setattr__(self, "schedule", schedule)  # what it learns has one name, inside a wrapper or not
+        if isinstance(learned := innermost(schedule), nn.Module):
+            self.learned = learned
         self.seed = seed
         self.data_rank = data_rank
         self.pinned_length: int | None = None
-        if isinstance(learned := innermost(self.schedule), nn.Module) and learned is not self.schedule:
-            self.learned = learned  # its parameters are this module's, also inside a wrapper
         self._fill(torch.get_default_device())
         if self.schedule.augments:
             with torch.inference_mode(False):
@@ -90,7 +94,10 @@ class RotaryEmbedding(nn.Module):
         return self.schedule.rotation(Request(self.geometry, positions, length, self.training, key, inv_freq))
 
     def pin_length(self, length: int | None) -> None:
-        """Serve every pass as part of a context of `length` tokens; None: of the length that the positions show."""
+        """Serve every pass as part of a context of `length` tokens; None: of the length that the positions show.
+
+        In training it is the length of the window, for schedules that draw by it (`pose`, `e2llm`).
+        """
         if length is not None:
             require_int("length", length, minimum=1, remedy="pass the tokens of the prompt plus those to be generated")
         self.pinned_length = length
@@ -111,6 +118,11 @@ class RotaryEmbedding(nn.Module):
     def extra_repr(self) -> str:
         pinned = f", pinned_length={self.pinned_length}" if self.pinned_length is not None else ""
         return f"{self.geometry}, {self.schedule}{pinned}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.schedule.augments:  # the state of a model that has not drawn yet has no step
+            state_dict.setdefault(prefix + "step", self.step)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _fill(self, device: torch.device) -> None:
         with torch.inference_mode(False):  # a tensor made in inference mode could not be pinned or trained with later

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ropex._checks import require_int, require_number
+from ropex._checks import require_dim, require_int, require_number
 
 __all__ = ["Geometry", "Request", "Rotation"]
 
@@ -50,9 +50,7 @@ class Geometry:
     _inv_freq: tuple[float, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
-        require_int("dim", self.dim, minimum=2, remedy="pass the number of rotated channels of a head")
-        if self.dim % 2:
-            raise ValueError(f"dim={self.dim}: must be even, since channels rotate in pairs; pass the rotary dimension")
+        require_dim(self.dim)
         require_number("base", self.base, minimum=1, strict=True, remedy="pass the model's rope_theta, such as 10000.0")
         require_int("trained_length", self.trained_length, minimum=1, remedy="pass the pretraining length in tokens")
         dtype = torch.float32 if self.rounded else torch.float64

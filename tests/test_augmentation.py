@@ -151,9 +151,6 @@ def test_collators_draws() -> None:
     assert positions(0, 40, 50) == positions(0, 40, 50)
     assert positions(0, 40) != positions(1, 40)
     assert positions(0, 40) != positions(0, 41), "ranks with one seed and other documents differ"
-    loader = DataLoader(documents(*[400] * 8), batch_size=2, collate_fn=PoSECollator(16, 4096), num_workers=2)
-    rows = [tuple(row) for batch in loader for row in batch["position_ids"].tolist()]
-    assert len(set(rows)) > 1, "workers draw their own"
 
 
 def test_a_collated_second_chunk_sees_the_first() -> None:
@@ -168,35 +165,52 @@ def test_a_collated_second_chunk_sees_the_first() -> None:
         assert (model(**inputs).logits[:, -1] - want).abs().max() > 1e-6
 
 
+SMALL = {"window": 4, "target_length": 8}
+
+
 @pytest.mark.parametrize(
     ("options", "features", "message"),
     [
+        ({"window": 0, "target_length": 8}, None, r"window=0: must be an int >= 1; pass the tokens of a training"),
+        ({"window": 16, "target_length": 8}, None, r"target_length=8: must be an int >= 16; pass the length to train"),
+        ({**SMALL, "pad_token_id": None}, None, r"pad_token_id=None: must be an int >= 0; pass the tokenizer's"),
+        ({**SMALL, "generator": 5}, None, r"generator=5: must be a torch\.Generator, or None"),
+        (SMALL, [], r"features of no sample: must be at least one"),
+        (SMALL, ["text"], r"a feature of str: must have input_ids"),
+        (SMALL, [{"labels": [1]}], r"a feature of labels: must have input_ids"),
         (
-            {"window": 0, "target_length": 8},
-            None,
-            r"window=0: must be an int >= 1; pass the tokens of a training sample",
+            SMALL,
+            [{"input_ids": [1, 2], "position_ids": [0, 0]}],
+            r"input_ids, position_ids: .* but no position",
         ),
+        (SMALL, [{"input_ids": []}], r"input_ids float32 \[0\].*: must be one document's integer tokens, at least one"),
+        (SMALL, [{"input_ids": [0.5, 1.0]}], r"input_ids float32 \[2\].*: must be one document's integer tokens"),
+        (SMALL, [{"input_ids": [[1]]}], r"input_ids int64 \[1, 1\].*: must be one document's .*split batches"),
         (
-            {"window": 16, "target_length": 8},
-            None,
-            r"target_length=8: must be an int >= 16; pass the length to train for",
-        ),
-        (
-            {"window": 4, "target_length": 8},
-            [{"input_ids": []}],
-            r"input_ids of the shape \[0\] with labels of the shape \[0\]: must be one document's",
-        ),
-        ({"window": 4, "target_length": 8}, [{"input_ids": [[1]]}], r"input_ids of the shape \[1, 1\] with labels"),
-        (
-            {"window": 4, "target_length": 8},
+            SMALL,
             [{"input_ids": [1, 2], "labels": [1]}],
-            r"input_ids of the shape \[2\] with labels of the shape \[1\]: .* as many labels; split",
+            r"\[2\], labels int64 \[1\], .* as many labels",
         ),
+        (SMALL, [{"input_ids": [1, 2], "attention_mask": [0, 0]}], r"attention_mask \[2\] with 0 ones: must be"),
     ],
 )
 def test_collators_errors(options: Any, features: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PoSECollator(**options)(features)
+
+
+def test_a_collator_drops_padding() -> None:
+    feature = {"input_ids": [5, 6, 7, 8, 0, 0, 0, 0], "attention_mask": [1, 1, 1, 1, 0, 0, 0, 0]}
+    batch = PoSECollator(window=6, target_length=64)([feature])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1]]
+
+
+def test_workers_and_epochs_draw_anew_from_a_given_generator() -> None:
+    collator = PoSECollator(16, 4096, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(documents(*[400] * 4), batch_size=2, collate_fn=collator, num_workers=2)
+    epochs = [[row[-1] for batch in loader for row in batch["position_ids"].tolist()] for _ in range(2)]
+    assert len({*epochs[0], *epochs[1]}) == 8
 
 
 # --- random positions -------------------------------------------------------------------------------------------------
@@ -318,6 +332,22 @@ def test_bad_seeds_and_ranks(options: Any) -> None:
         ropex.RotaryEmbedding(GEOMETRY, ropex.schedule("e2llm"), **options)
 
 
+def test_the_state_of_a_model_that_never_drew_loads() -> None:
+    plain = ropex.RotaryEmbedding(GEOMETRY, ropex.schedule("linear", factor=2))
+    drawing = ropex.RotaryEmbedding(GEOMETRY, ropex.schedule("pose", factor=2))
+    drawing(POSITIONS)
+    drawing.load_state_dict(plain.state_dict())
+    assert drawing.step.item() == 1
+
+
+def test_weights_have_one_name_inside_a_wrapper_or_not() -> None:
+    wrapped = ropex.RotaryEmbedding(GEOMETRY, ropex.schedule("pose", inner=CLEX(max_factor=4)))
+    bare = ropex.RotaryEmbedding(GEOMETRY, CLEX(max_factor=4))
+    bare.load_state_dict(wrapped.state_dict())
+    assert torch.equal(bare.learned.up_proj, wrapped.learned.up_proj)
+    assert bare.schedule is bare.learned
+
+
 def test_a_learned_schedule_inside_a_wrapper_is_trained_by_its_module() -> None:
     wrapped = ropex.schedule("resonance", inner=CLEX(max_factor=4))
     rope = ropex.RotaryEmbedding(GEOMETRY, wrapped)
@@ -368,13 +398,24 @@ def test_each_sample_of_a_batch_gets_its_own_draw() -> None:
     assert (rows[1] - rows[2]).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("method", ["pose", "e2llm", "clex"])
+def test_a_cache_is_refused_while_a_schedule_draws(method: str) -> None:
+    model, ids = tiny_model("llama"), tiny_tokens(20)
+    options = {"max_factor": 2, "factor": 2.0} if method == "clex" else {"factor": 2}
+    with ropex.patch(model, method, **options), torch.no_grad():
+        model.train()
+        with pytest.raises(ValueError, match=r"cache with tokens in training mode with .*; call model\.eval\(\)"):
+            model.generate(ids, max_new_tokens=3, do_sample=False)
+        model.eval().generate(ids, max_new_tokens=3, do_sample=False)
+
+
 def test_clex_trains_inside_a_model_and_is_saved_with_it() -> None:
     model, ids = tiny_model("llama"), tiny_tokens(48, batch=2)
     keys = list(model.state_dict())
     patch = ropex.patch(model, "clex", max_factor=4)
     added = set(model.state_dict()) - set(keys)
-    assert added == {f"model.rotary_emb.rope.{name}" for name in ("schedule.up_proj", "schedule.down_proj", "step")}
-    weight = model.get_parameter("model.rotary_emb.rope.schedule.down_proj")
+    assert added == {f"model.rotary_emb.rope.{name}" for name in ("learned.up_proj", "learned.down_proj", "step")}
+    weight = model.get_parameter("model.rotary_emb.rope.learned.down_proj")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     model.train()
     for _ in range(4):
@@ -402,7 +443,7 @@ def test_training_compiles_and_checkpoints(method: str) -> None:
         model, ids = tiny_model("llama").train(), tiny_tokens(40, batch=2)
         ropex.patch(model, method, **options)
         if method == "clex":
-            net = model.get_submodule("model.rotary_emb.rope.schedule")
+            net = model.get_submodule("model.rotary_emb.rope.learned")
             with torch.no_grad():
                 for parameter in net.parameters():
                     parameter.fill_(0.01)

@@ -134,7 +134,7 @@ def test_released_weights_load_under_their_own_names() -> None:
     fresh.load_state_dict(released)
     assert torch.equal(at(fresh, 3.0), at(clex, 3.0))
     rope = ropex.RotaryEmbedding(GEOMETRY, CLEX(max_factor=8))
-    rope.load_state_dict({f"schedule.ode_{name}": value for name, value in clex.state_dict().items()}, strict=False)
+    rope.load_state_dict({f"learned.ode_{name}": value for name, value in clex.state_dict().items()}, strict=False)
     assert torch.equal(rope.schedule.up_proj, clex.up_proj.float())
 
 
@@ -262,9 +262,9 @@ def test_it_learns() -> None:
 
 
 def test_gradients_come_through_the_rotation() -> None:
-    rope = ropex.RotaryEmbedding(ropex.Geometry(32, 1e4, 64), CLEX(max_factor=4))
+    rope = ropex.RotaryEmbedding(ropex.Geometry(32, 1e4, 64), CLEX(factor=3.0, max_factor=4))
     q = torch.randn(2, 2, 64, 32)
-    ropex.rotate(q, rotation=rope(torch.arange(64).expand(2, 64))).square()[..., :7].sum().backward()
-    gradient = rope.get_parameter("schedule.down_proj").grad
+    ropex.rotate(q, rotation=rope.eval()(torch.arange(64).expand(2, 64))).square()[..., :7].sum().backward()
+    gradient = rope.get_parameter("learned.down_proj").grad
     assert gradient is not None
     assert gradient.abs().max() > 1e-3

@@ -55,7 +55,11 @@ BAD_OPTIONS = [
     ("none", {"factor": 2}, r'option factor=2: method "none" accepts no options; remove it'),
     ("drope", {"factor": 2}, r'option factor=2: method "drope" accepts no options; remove it'),
     ("proportional", {"factor": 2}, r'option factor=2: method "proportional" accepts fraction; '),
-    ("dynamic_yarn", {"factor": 2}, r'option factor=2: method "dynamic_yarn" accepts floor, beta_fast'),
+    (
+        "dynamic_yarn",
+        {"factor": 2},
+        r'"dynamic_yarn" accepts floor, .*; pass floor=, or length= to ropex\.patch',
+    ),
     ("yarn", {"factor": 2, "beta_fst": 1}, r'option beta_fst=1: method "yarn" accepts factor, .*"beta_fast"\?'),
     ("linear", {"factor": 2, "length": 10}, r'option length=10: method "linear" accepts factor; remove it'),
     ("resonance", {"factr": 2}, r'option factr=2: method "resonance" accepts inner, factor, beta_fast.*"factor"\?'),
@@ -99,6 +103,8 @@ BAD_OPTIONS = [
     ("llama3", {"factor": 2, "low_freq_factor": 0}, r"low_freq_factor=0: must be a finite number > 0"),
     ("longrope", {"factor": 2, "long_factors": 3}, r"long_factors=3: must be a list of dim // 2 numbers, or None"),
     ("longrope", {"factor": 2, "long_factors": "1,2"}, r"long_factors='1,2': must be a list of dim // 2 numbers"),
+    ("longrope", {"factor": 2, "long_factors": []}, r"long_factors=\[\]: must be a list of dim // 2 numbers"),
+    ("linear", {"factor": 10**400}, r"factor=1000.*: must be a finite number >= 1; pass target"),
     ("longrope", {"factor": 2, "short_factors": [1, 0]}, r"short_factors\[1\]=0: must be a finite number > 0"),
     ("longrope", {"factor": 2, "long_factors": [NAN]}, r"long_factors\[0\]=nan: must be a finite number > 0"),
     ("longrope", {"factor": 2, "keep_first": -1}, r"keep_first=-1: must be an int >= 0; pass a number of tokens"),
@@ -108,7 +114,8 @@ BAD_OPTIONS = [
     ("power", {"exponent": 0}, r"exponent=0: must be a finite number > 0; pass an exponent, such as 0\.5"),
     ("proportional", {"fraction": 1.5}, r"fraction=1\.5: must be a finite number >= 0 and <= 1; pass a share"),
     ("proportional", {"fraction": -0.5}, r"fraction=-0\.5: must be a finite number >= 0 and <= 1"),
-    ("resonance", {"inner": 3}, r"method=3: must be one of none"),
+    ("resonance", {"inner": 3}, r"inner=3: must be a method's name or a schedule; pass inner=\"yarn\""),
+    ("resonance", {"inner": scaling.YaRN, "factor": 2}, r"inner=.*: must be a method's name or a schedule"),
     ("resonance", {"inner": "yarm", "factor": 2}, r'method=\'yarm\': .*did you mean "yarn"\?'),
     ("resonance", {}, r'method "yarn" without factor: it needs factor'),
     (
@@ -117,13 +124,13 @@ BAD_OPTIONS = [
         r'option beta_fast=3: method "pose" accepts inner, factor, alpha',
     ),
     ("random_positions", {"factor": 4, "variant": "x"}, r'variant=\'x\': must be one of "subset", "steps"'),
-    ("clex", {"max_factor": 0}, r"max_factor=0: must be an int >= 1; pass the largest factor to train for"),
-    ("clex", {"max_factor": 2.5}, r"max_factor=2\.5: must be an int >= 1"),
+    ("clex", {"max_factor": 1}, r"max_factor=1: must be an int >= 2; pass the largest factor to train for"),
+    ("clex", {"max_factor": 2.5}, r"max_factor=2\.5: must be an int >= 2"),
     ("clex", {"factor": 17}, r"factor=17: must be a finite number >= 1 and <= 16; .* pass a larger max_factor="),
     ("clex", {"factor": 0.5}, r"factor=0\.5: must be a finite number >= 1 and <= 16"),
     ("clex", {"dim": 63}, r"dim=63: must be even"),
     ("clex", {"dim": 0}, r"dim=0: must be an int >= 2"),
-    ("clex", {"step": 0}, r"step=0: must be a finite number > 0; pass the solver's step"),
+    ("clex", {"step": 1e-9}, r"step=1e-09: must be a finite number >= 0\.001; pass the solver's step"),
     ("clex", {"width": 0}, r"width=0: must be an int >= 1"),
     ("clex", {"activation": "relu"}, r'activation=\'relu\': must be one of "tanh", "silu"'),
     ("clex", {"net_base": 1}, r"net_base=1: must be a finite number > 1"),
@@ -146,6 +153,36 @@ def test_bad_options(name: Any, options: dict[str, Any], message: str) -> None:
 def test_a_wrapper_wraps_a_schedule(cls: Any) -> None:
     with pytest.raises(ValueError, match=r"inner='yarn': must be a FrequencySchedule; pass ropex\.schedule\("):
         cls("yarn")
+
+
+@pytest.mark.parametrize(
+    "inner", [ropex.schedule(method, factor=2) for method in ("pose", "random_positions")], ids=repr
+)
+@pytest.mark.parametrize("method", ["resonance", "pose", "random_positions"])
+def test_what_moves_positions_stands_outside(method: str, inner: ropex.FrequencySchedule) -> None:
+    message = rf'inner=.*: must not move .*turn it round, as in ropex\.schedule\("{inner.method}", inner="{method}"'
+    for options in ({"inner": inner}, {"inner": inner.method, "factor": 4}):
+        with pytest.raises(ValueError, match=message):
+            ropex.schedule(method, **options)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        *("none", "drope", "proportional", "dynamic_yarn", "power", "truncated"),
+        ropex.schedule("abf", base=1e6),
+        ropex.schedule("resonance", inner="dynamic_yarn"),
+    ],
+)
+@pytest.mark.parametrize("method", ["pose", "random_positions"])
+def test_an_augmentation_needs_a_target(method: str, inner: Any) -> None:
+    with pytest.raises(ValueError, match=r"factor=None around .*, which names no target: .*; pass factor="):
+        ropex.schedule(method, inner=inner)
+
+
+def test_an_augmentation_takes_a_factor_that_was_named() -> None:
+    for schedule in (ropex.schedule("pose", factor=1), ropex.schedule("pose", factor=1.4)):
+        assert schedule.target_length(1000) in (1000, 1400)
 
 
 def test_a_learned_schedule_fits_one_rotary_dimension() -> None:
@@ -238,11 +275,21 @@ def test_a_dictionary_names_method_options_and_inner() -> None:
     assert not any(isinstance(value, torch.Tensor) for value in clex["options"].values())
 
 
-@pytest.mark.parametrize("data", [None, {}, {"method": "yarn"}, {"method": "yarn", "options": {}, "extra": 1}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        {},
+        {"method": "yarn"},
+        {"method": "yarn", "options": {}, "extra": 1},
+        {"method": "none", "options": None},
+        {"method": "linear", "options": [2]},
+        {"method": "linear", "options": {1: 2}},
+        {"method": "pose", "options": {"inner": "linear"}, "inner": {"method": "none", "options": {}}},
+    ],
+)
 def test_from_dict_refuses_anything_else(data: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r": must be a dict with method and options, and inner for a wrapper; pass what"
-    ):
+    with pytest.raises(ValueError, match=r": must be a dict with method and options \(a dict\), and inner for a wr"):
         scaling.from_dict(data)
 
 

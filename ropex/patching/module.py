@@ -13,7 +13,7 @@ from ropex.kernels import Angles, table
 from ropex.patching.tables import Pairing, full_table
 from ropex.rotary import RotaryEmbedding
 
-__all__ = ["PatchedRotary", "mark_cache", "require_one_length"]
+__all__ = ["PatchedRotary", "mark_cache", "require_evaluation", "require_one_length"]
 
 
 class PatchedRotary(nn.Module):
@@ -53,6 +53,23 @@ class PatchedRotary(nn.Module):
         super()._apply(fn, recurse)
         self.original._apply(fn, recurse)  # so that unpatching gives what an unpatched model would have become
         return self
+
+
+def require_evaluation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: refuse to go on from a cache while a schedule draws.
+
+    Raises:
+        ValueError: the model is in training mode, and its cache not empty: each pass would draw anew.
+    """
+    rope = _patched_in(module).rope
+    cache = _find_cache((kwargs.get("past_key_values"), *args))
+    seen = cache.get_seq_length() if cache is not None else 0
+    if rope.training and (not isinstance(seen, int) or seen > 0):  # a used static cache gives a tensor
+        raise ValueError(
+            f"cache with tokens in training mode with {rope.schedule!r}: each pass draws its own positions or "
+            "frequencies, which do not fit those of the cache; call model.eval() before generating, or pass "
+            "use_cache=False"
+        )
 
 
 def require_one_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

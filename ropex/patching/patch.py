@@ -12,7 +12,7 @@ from ropex._checks import require_choice, require_int
 from ropex.kernels import Angles
 from ropex.patching.config import own_configs
 from ropex.patching.detect import Site, check_in_effect, find_patched, find_site
-from ropex.patching.module import PatchedRotary, mark_cache, require_one_length
+from ropex.patching.module import PatchedRotary, mark_cache, require_evaluation, require_one_length
 from ropex.patching.swap import Rotating, rotating_class
 from ropex.rotary import RotaryEmbedding
 from ropex.scaling import FrequencySchedule, schedule_for
@@ -102,7 +102,8 @@ def patch(
 
     Where the model rotates is found by looking, and probed before and after: a patch that would not take effect is an
     error, and an error leaves the model as it was. Other models in the process are untouched. Angles are exact, the
-    rotation is float32 whatever the model's dtype, and the frequencies survive `.to(torch.bfloat16)`.
+    rotation is float32 whatever the model's dtype, and the frequencies survive `.to(torch.bfloat16)` (what a learned
+    method has learned is rounded with its weights).
     `config.max_position_embeddings` becomes the target length, on a copy of the config that this model then owns.
 
     Args:
@@ -157,6 +158,8 @@ def patch(
         attention.__class__ = cls
     setattr(site.owner, site.name, patched)
     _set_max_length(patched, target)
+    if schedule.augments:
+        patched.hooks.append(site.owner.register_forward_pre_hook(require_evaluation, with_kwargs=True))
     if schedule.length_dependent:
         patched.hooks.append(site.owner.register_forward_pre_hook(require_one_length, with_kwargs=True))
         patched.hooks.append(site.owner.register_forward_hook(mark_cache))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -35,6 +35,7 @@ class FrequencySchedule(abc.ABC):
         learned: it has parameters.
         training_free: it is meant to be used on a model as it is.
         augments: in training it draws from `Request.key`.
+        outermost: it moves the positions that others would build on, so that none may wrap it.
     """
 
     method: ClassVar[str]
@@ -44,6 +45,7 @@ class FrequencySchedule(abc.ABC):
     learned: bool = False
     training_free: bool = True
     augments: bool = False
+    outermost: bool = False
 
     @abc.abstractmethod
     def rotation(self, request: Request) -> Rotation:
@@ -90,6 +92,11 @@ class Wrapper(FrequencySchedule):
                 f"inner={self.inner!r}: must be a FrequencySchedule; "
                 f'pass ropex.schedule("{self.default_inner}", ...), or use ropex.schedule("{self.method}", ...)'
             )
+        if self.inner.outermost:
+            raise ValueError(
+                f'inner={self.inner!r}: must not move the positions; turn it round, as in ropex.schedule("'
+                f'{self.inner.method}", inner="{self.method}", ...), or leave one out'
+            )
         for name in ("length_dependent", "learned", "augments"):
             object.__setattr__(self, name, getattr(type(self), name) or getattr(self.inner, name))
         object.__setattr__(self, "training_free", type(self).training_free and self.inner.training_free)
@@ -112,9 +119,10 @@ def innermost(schedule: FrequencySchedule) -> FrequencySchedule:
     return innermost(schedule.inner) if isinstance(schedule, Wrapper) else schedule
 
 
-def option_names(schedule: type[FrequencySchedule]) -> list[str]:
-    """The options that a schedule's constructor accepts."""
-    return [f.name for f in fields(schedule) if f.init]  # type: ignore[arg-type]  # every concrete one is a dataclass
+def option_names(schedule: type[FrequencySchedule], *, required: bool = False) -> list[str]:
+    """The options that a schedule's constructor accepts, or those that it needs."""
+    options = [f for f in fields(schedule) if f.init]  # type: ignore[arg-type]  # every concrete one is a dataclass
+    return [f.name for f in options if f.default is MISSING or not required]
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

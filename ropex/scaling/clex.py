@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ropex import draws
-from ropex._checks import require_choice, require_int, require_number
+from ropex._checks import require_choice, require_dim, require_int, require_number
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling.base import FrequencySchedule, growth, looked_up, ntk_exponent, ntk_stretched, require_key
 
@@ -105,8 +105,8 @@ class CLEX(_Equation, FrequencySchedule):
         factor: t in evaluation, 1 to max_factor; None: by the length.
         dim: rotary dimension; None: filled in from the geometry by `ropex.patch` and `ropex.RotaryEmbedding`. Until
             then there is no net, which is as good as an untrained one.
-        max_factor: the largest t, an int >= 1.
-        step: of the solver, > 0. It takes `ceil((max_factor - 1) / step)` steps of four evaluations for every t.
+        max_factor: the largest t, an int >= 2.
+        step: of the solver, >= 0.001. It takes `ceil((max_factor - 1) / step)` steps of four evaluations for every t.
         width: the net's hidden units over `dim`.
         activation: `"tanh"` or `"silu"`.
         net_base: base of omega in the net's input; the model's by default. The released checkpoints need 10 000.
@@ -115,6 +115,10 @@ class CLEX(_Equation, FrequencySchedule):
         The net's arithmetic is float64 whatever the dtype of its weights, and no autocast touches it. Frequencies are
         bounded by one turn per token. The released code integrates both terms numerically, with steps of 0.01, and
         keeps frequencies of earlier weights.
+
+    Note:
+        The weights are made float32 and follow a later `.to(torch.bfloat16)`, which rounds them, and with them what was
+        learned: patch after the model has its dtype.
 
     Note:
         `load_state_dict` takes the released implementation's names too (`ode_up_proj`, `proj_func.ode_up_proj` ...).
@@ -170,7 +174,7 @@ class CLEX(_Equation, FrequencySchedule):
 
 
 def _check(clex: CLEX) -> None:
-    require_int("max_factor", clex.max_factor, minimum=1, remedy="pass the largest factor to train for, such as 16")
+    require_int("max_factor", clex.max_factor, minimum=2, remedy="pass the largest factor to train for, such as 16")
     if clex.factor is not None:
         require_number(
             "factor",
@@ -180,8 +184,8 @@ def _check(clex: CLEX) -> None:
             remedy="the net is integrated up to max_factor; pass a larger max_factor=, or None to follow the length",
         )
     if clex.dim is not None:
-        Geometry(clex.dim, 10_000.0, 1)  # an even number >= 2
-    require_number("step", clex.step, minimum=0, strict=True, remedy="pass the solver's step, such as 0.5")
+        require_dim(clex.dim)
+    require_number("step", clex.step, minimum=1e-3, remedy="pass the solver's step, such as 0.5")
     require_int("width", clex.width, minimum=1, remedy="pass the net's hidden units over dim")
     require_choice("activation", clex.activation, _ACTIVATIONS)
     if clex.net_base is not None:

@@ -20,8 +20,8 @@ class E2LLM(FrequencySchedule):
     """Interpolation by a factor that training draws anew for each sample: angles `(m + t_m) / g * theta_i`.
 
     In training g is uniform on {1 .. g_max}, and t_m, the same for all tokens of a sample but the first `keep_first`,
-    for which it is 0, is uniform on {0 .. max(0, g L - R)}; L is the trained length and R the length being trained on.
-    In evaluation t is 0 and g is the factor.
+    for which it is 0, is uniform on {0 .. max(0, g L - R)}; L is the trained length and R the length being trained on,
+    `Request.length`. In evaluation t is 0 and g is the factor.
 
     Use it for one short fine-tuning, at the trained length, of a model that shall serve several lengths.
 

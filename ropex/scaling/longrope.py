@@ -85,7 +85,7 @@ def _factors(name: str, values: Sequence[float] | None) -> tuple[float, ...] | N
     """The list as a tuple, which has a hash."""
     if values is None:
         return None
-    if not isinstance(values, Sequence) or isinstance(values, str):
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise ValueError(f"{name}={values!r}: must be a list of dim // 2 numbers, or None; convert it")
     for index, value in enumerate(values):
         require_number(f"{name}[{index}]", value, minimum=0, strict=True, remedy="pass one divisor per pair")

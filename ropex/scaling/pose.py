@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
 
 from ropex import draws
-from ropex._checks import require_choice, require_int
+from ropex._checks import describe, require_choice, require_int
 from ropex.rotation import Request, Rotation
-from ropex.scaling.base import Wrapper, looked_up, moved, require_factor, require_key
+from ropex.scaling.base import Wrapper, innermost, looked_up, moved, option_names, require_factor, require_key
 
 __all__ = ["PoSE", "PoSECollator", "RandomPositions"]
 
@@ -23,18 +24,25 @@ class Augmentation(Wrapper):
     """What the schedules of this file share: positions of a window, spread in training over the target length.
 
     Args:
-        factor: target length / trained length, >= 1; None: that of the inner schedule.
+        factor: target length / trained length, >= 1; None: that of the inner schedule, which must name one.
     """
 
     factor: float | None = None
     default_inner: ClassVar[str] = "linear"
     training_free = False
     augments = True
+    outermost = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.factor is not None:
             require_factor(self.factor)
+        elif "factor" not in option_names(type(innermost(self.inner)), required=True):
+            if (self.target_length(1), self.target_length(1000)) == (1, 1000):
+                raise ValueError(
+                    f"factor=None around {self.inner!r}, which names no target: no position would move; pass factor= "
+                    "(target length / trained length)"
+                )
 
     def target_length(self, trained_length: int) -> int:
         return super().target_length(trained_length) if self.factor is None else round(self.factor * trained_length)
@@ -47,8 +55,9 @@ class PoSE(Augmentation):
     The first chunk, of a length uniform on {1 .. ceil(M / 2)}, keeps its positions; the rest is shifted by a number
     uniform on {0 .. S - M}. Both are drawn per sample. In evaluation it is its inner schedule.
 
-    Use it to fine-tune for S at the cost of M, around any schedule. M is `Request.length`, S the target length. Where a
-    data collator already skips (`PoSECollator`), patch with the inner schedule alone.
+    Use it to fine-tune for S at the cost of M, around any schedule. M is `Request.length`, so the pinned length under a
+    pin, which must then be that of the window; S is the target length. Where a data collator already skips
+    (`PoSECollator`), patch with the inner schedule alone.
 
     Args:
         inner: what scales the frequencies; `linear` by default.
@@ -68,11 +77,10 @@ class PoSE(Augmentation):
     def rotation(self, request: Request) -> Rotation:
         if not request.training:
             return self.inner.rotation(request)
-        key, window = require_key(request, self.method), request.length[..., None]
-        first = 1 + draws.integers(key, 1, (window + 1) // 2)
-        room = (self.target_length(request.geometry.trained_length) - window).clamp(min=0)
-        shifted = request.positions + draws.integers(key, 1, room + 1, stream=1)
-        positions = torch.where(request.positions < first, request.positions, shifted)
+        key = require_key(request, self.method)
+        target = self.target_length(request.geometry.trained_length)
+        first, skip = _drawn_skip(key, request.length[..., None], target)
+        positions = torch.where(request.positions < first, request.positions, request.positions + skip)
         return self.inner.rotation(moved(request, key, positions))
 
 
@@ -122,6 +130,12 @@ class RandomPositions(Augmentation):
         return Rotation((whole.positions << 16) + fine % 2**16, whole.inv_freq / 2**16, whole.amplitude)
 
 
+def _drawn_skip(key: Tensor, window: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    """The length of PoSE's first chunk and the skip of its second, int64 [batch, 1] each; window is [1 or batch, 1]."""
+    first = 1 + draws.integers(key, 1, (window + 1) // 2)
+    return first, draws.integers(key, 1, (target - window).clamp(min=0) + 1, stream=1)
+
+
 @dataclass(frozen=True)
 class PoSECollator:
     """A data collator that does what `PoSE` does and also drops the tokens between the two chunks.
@@ -138,9 +152,10 @@ class PoSECollator:
             part in the draw, so that ranks with equal seeds and different documents differ.
 
     Returns:
-        When called with a batch of `{"input_ids": ...}`, with or without `labels`: int64 tensors [batch, M]
-        `input_ids`, `labels`, `position_ids` and `attention_mask`. (The mask is there because without one transformers
-        takes a skip in the positions for the start of another document, and hides the first chunk from the second.)
+        When called with a batch of `{"input_ids": ...}`, with or without `labels`, and less what `attention_mask` says
+        is padding: int64 tensors [batch, M] `input_ids`, `labels`, `position_ids` and `attention_mask`. (The mask is
+        there because without one transformers takes a skip in the positions for the start of another document, and
+        hides the first chunk from the second.)
 
     Example:
         >>> batch = PoSECollator(window=16, target_length=128)([{"input_ids": list(range(40))}])
@@ -158,8 +173,15 @@ class PoSECollator:
     def __post_init__(self) -> None:
         require_int("window", self.window, minimum=1, remedy="pass the tokens of a training sample")
         require_int("target_length", self.target_length, minimum=self.window, remedy="pass the length to train for")
+        require_int("pad_token_id", self.pad_token_id, minimum=0, remedy="pass the tokenizer's, or its eos_token_id")
+        if not isinstance(self.generator, torch.Generator | None):
+            raise ValueError(
+                f"generator={self.generator!r}: must be a torch.Generator, or None; make one from the seed"
+            )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not features:
+            raise ValueError("features of no sample: must be at least one; check the batch size and the sampler")
         draw = torch.randint(2**62, (), generator=self.generator)
         rows = [self._sample(feature, draw, number) for number, feature in enumerate(features)]
         fill = {"input_ids": self.pad_token_id, "labels": -100, "position_ids": 0, "attention_mask": 0}
@@ -169,19 +191,15 @@ class PoSECollator:
         }
 
     def _sample(self, feature: Mapping[str, Any], draw: Tensor, number: int) -> dict[str, Tensor]:
-        tokens = torch.as_tensor(feature["input_ids"], dtype=torch.int64)
-        labels = torch.as_tensor(feature.get("labels", tokens), dtype=torch.int64)
-        if tokens.dim() != 1 or not len(tokens) or labels.shape != tokens.shape:
-            raise ValueError(
-                f"input_ids of the shape {list(tokens.shape)} with labels of the shape {list(labels.shape)}: must be "
-                "one document's tokens, at least one, and as many labels; split batches into features"
-            )
+        tokens, labels = _document(feature)
         tokens = tokens[: self.target_length]
-        key = draws.sample_keys(int(draws.next_key(tokens).sum()), draw, torch.tensor([number]))
+        # A worker's copy of the generator is that of every other worker, and of every other epoch.
+        worker = get_worker_info()
+        seed = int(draws.next_key(tokens).sum()) + (worker.seed if worker is not None else 0)
+        key = draws.sample_keys(seed, draw, torch.tensor([number]))
         size = min(self.window, len(tokens))
-        first = 1 + int(draws.integers(key, 1, (size + 1) // 2))
-        end = size + int(draws.integers(key, 1, len(tokens) - size + 1, stream=1))
-        skip = int(draws.integers(key, 1, self.target_length - size + 1, stream=2))
+        first, skip = (int(drawn) for drawn in _drawn_skip(key, torch.tensor([[size]]), self.target_length))
+        end = size + int(draws.integers(key, 1, len(tokens) - size + 1, stream=2))
         index, positions = skipped(size, first, end, skip)
         return {
             "input_ids": tokens[index],
@@ -189,6 +207,31 @@ class PoSECollator:
             "position_ids": positions,
             "attention_mask": torch.ones_like(positions),
         }
+
+
+def _document(feature: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """A feature's tokens and labels without padding, int64 [n] each."""
+    if not isinstance(feature, Mapping) or "input_ids" not in feature or "position_ids" in feature:
+        given = ", ".join(feature) if isinstance(feature, Mapping) else type(feature).__name__
+        raise ValueError(
+            f"a feature of {given or 'nothing'}: must have input_ids, and may have labels and attention_mask, but no "
+            "position_ids; pass one document per feature"
+        )
+    tokens = torch.as_tensor(feature["input_ids"])
+    labels = torch.as_tensor(feature.get("labels", tokens))
+    mask = torch.as_tensor(feature.get("attention_mask", torch.ones_like(tokens))).bool()
+    if (
+        tokens.dim() != 1
+        or tokens.is_floating_point()
+        or not tokens.shape == labels.shape == mask.shape
+        or not mask.any()
+    ):
+        raise ValueError(
+            f"input_ids {describe(tokens)}, labels {describe(labels)}, attention_mask {list(mask.shape)} with "
+            f"{int(mask.sum())} ones: must be one document's integer tokens, at least one, with as many labels and "
+            "mask values; split batches into features"
+        )
+    return tokens[mask].to(torch.int64), labels[mask].to(torch.int64)
 
 
 def skipped(size: int, first: int, end: int, skip: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from typing import Any, Literal
 
 from ropex.scaling.base import FrequencySchedule, Wrapper, option_names, require_factor
@@ -86,6 +85,10 @@ def accepted_options(name: str, inner: str | FrequencySchedule | None = None) ->
     cls = schedule_class(name)
     options = option_names(cls)
     if issubclass(cls, Wrapper) and not isinstance(inner := inner or cls.default_inner, FrequencySchedule):
+        if not isinstance(inner, str):
+            raise ValueError(
+                f'inner={inner!r}: must be a method\'s name or a schedule; pass inner="{cls.default_inner}"'
+            )
         options += [option for option in accepted_options(inner) if option not in options]
     return options
 
@@ -111,12 +114,13 @@ def schedule(name: str, **options: Any) -> FrequencySchedule:
     accepted = accepted_options(name, options.get("inner"))
     if unknown := [option for option in options if option not in accepted]:
         hint = _nearest(unknown[0], accepted, otherwise="remove it")
+        if unknown[0] == "factor" and "floor" in accepted:
+            hint = "pass floor=, or length= to ropex.patch"
         accepts = f"accepts {', '.join(accepted)}" if accepted else "accepts no options"
         raise ValueError(f'option {unknown[0]}={options[unknown[0]]!r}: method "{name}" {accepts}; {hint}')
     if issubclass(cls, Wrapper) and not isinstance(options.get("inner"), FrequencySchedule):
         options = _with_inner(cls, **options)
-    required = [f.name for f in fields(cls) if f.init and f.default is MISSING]  # type: ignore[arg-type]
-    if missing := [option for option in required if option not in options]:
+    if missing := [option for option in option_names(cls, required=True) if option not in options]:
         raise ValueError(
             f'method "{name}" without {missing[0]}: it needs {", ".join(missing)}; pass {missing[0]}= '
             "(factor is target length / trained length; ropex.patch takes length= in tokens instead)"
@@ -205,9 +209,13 @@ def from_dict(data: Mapping[str, Any]) -> FrequencySchedule:
         >>> from_dict({"method": "linear", "options": {"factor": 4}})
         PositionInterpolation(factor=4)
     """
-    if not isinstance(data, Mapping) or not {"method", "options"} <= set(data) <= {"method", "options", "inner"}:
+    keys = {"method", "options"}
+    options = data.get("options") if isinstance(data, Mapping) else None
+    named = isinstance(options, Mapping) and all(isinstance(name, str) and name != "inner" for name in options)
+    if not named or not keys <= set(data) <= {*keys, "inner"}:
         raise ValueError(
-            f"{data!r}: must be a dict with method and options, and inner for a wrapper; pass what to_dict() gave"
+            f"{data!r}: must be a dict with method and options (a dict), and inner for a wrapper; "
+            "pass what to_dict() gave"
         )
     wraps = issubclass(schedule_class(data["method"]), Wrapper)
     if wraps != ("inner" in data):
