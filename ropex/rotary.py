@@ -120,8 +120,11 @@ class RotaryEmbedding(nn.Module):
         return f"{self.geometry}, {self.schedule}{pinned}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.schedule.augments:  # the state of a model that has not drawn yet has no step
+        # The state of a model that never drew loads into one that does, and the other way round.
+        if self.schedule.augments:
             state_dict.setdefault(prefix + "step", self.step)
+        else:
+            state_dict.pop(prefix + "step", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _fill(self, device: torch.device) -> None:

@@ -338,6 +338,7 @@ def test_the_state_of_a_model_that_never_drew_loads() -> None:
     drawing(POSITIONS)
     drawing.load_state_dict(plain.state_dict())
     assert drawing.step.item() == 1
+    plain.load_state_dict(drawing.state_dict())
 
 
 def test_weights_have_one_name_inside_a_wrapper_or_not() -> None:

@@ -61,7 +61,11 @@ BAD_OPTIONS = [
         r'"dynamic_yarn" accepts floor, .*; pass floor=, or length= to ropex\.patch',
     ),
     ("yarn", {"factor": 2, "beta_fst": 1}, r'option beta_fst=1: method "yarn" accepts factor, .*"beta_fast"\?'),
-    ("linear", {"factor": 2, "length": 10}, r'option length=10: method "linear" accepts factor; remove it'),
+    (
+        "linear",
+        {"factor": 2, "length": 10},
+        r"option length=10: .* accepts factor; ropex\.patch takes length= in tokens",
+    ),
     ("resonance", {"factr": 2}, r'option factr=2: method "resonance" accepts inner, factor, beta_fast.*"factor"\?'),
     *[
         (name, {"factor": value}, rf"factor={re.escape(repr(value))}: {FACTOR}")
@@ -116,7 +120,7 @@ BAD_OPTIONS = [
     ("proportional", {"fraction": -0.5}, r"fraction=-0\.5: must be a finite number >= 0 and <= 1"),
     ("resonance", {"inner": 3}, r"inner=3: must be a method's name or a schedule; pass inner=\"yarn\""),
     ("resonance", {"inner": scaling.YaRN, "factor": 2}, r"inner=.*: must be a method's name or a schedule"),
-    ("resonance", {"inner": "yarm", "factor": 2}, r'method=\'yarm\': .*did you mean "yarn"\?'),
+    ("resonance", {"inner": "yarm", "factor": 2}, r'inner=\'yarm\': .*did you mean "yarn"\?'),
     ("resonance", {}, r'method "yarn" without factor: it needs factor'),
     (
         "pose",
@@ -160,7 +164,8 @@ def test_a_wrapper_wraps_a_schedule(cls: Any) -> None:
 )
 @pytest.mark.parametrize("method", ["resonance", "pose", "random_positions"])
 def test_what_moves_positions_stands_outside(method: str, inner: ropex.FrequencySchedule) -> None:
-    message = rf'inner=.*: must not move .*turn it round, as in ropex\.schedule\("{inner.method}", inner="{method}"'
+    turned = rf'turn it round, as in ropex\.schedule\("{inner.method}", inner="resonance"'
+    message = "inner=.*: must not move the positions; " + (turned if method == "resonance" else "leave one of the two")
     for options in ({"inner": inner}, {"inner": inner.method, "factor": 4}):
         with pytest.raises(ValueError, match=message):
             ropex.schedule(method, **options)
@@ -248,11 +253,11 @@ def test_the_target_of_clex_fixes_t() -> None:
         (
             "resonance",
             {"inner": ropex.schedule("ntk", factor=2), "length": 4096},
-            r"length=4096 with the inner sched.*set l",
+            r"length=4096 with the inner sched.*; leave length out",
         ),
         ("clex", {"length": 65536}, r"factor=32\.0: must be a finite number >= 1 and <= 16"),
         ("yarn", {"length": 1024}, r'length=1024: must be an int >= .* 2048 tokens; .*method="none"'),
-        ("yarn", {"length": 4096.0}, r"length=4096\.0: must be an int"),
+        ("yarn", {"length": 4096.0}, r"length=4096\.0: must be an int >= 1; pass the target length in tokens"),
         ("yarn", {}, r'method "yarn" without factor: .* takes length='),
         (ropex.schedule("none"), {"factor": 2}, r"factor=2 with the schedule Unscaled\(\): it has its own options"),
         (ropex.schedule("none"), {"beta_fast": 2}, r"beta_fast=2 with the schedule Unscaled\(\)"),

@@ -51,7 +51,8 @@ def plot_wavelengths(
         axes.axhline(tokens, color="0.6", linestyle="--", linewidth=1)
         axes.annotate(what, (0.01, tokens), xycoords=("axes fraction", "data"), va="bottom", color="0.4", size="small")
     axes.set(xlabel="pair index", ylabel="wavelength (tokens)", yscale="log", ylim=(None, 2 * top))
-    axes.set_title(f"rotary dimension {geometry.dim}, base {geometry.base:g}", size="medium")
+    factor = length / geometry.trained_length
+    axes.set_title(f"rotary dimension {geometry.dim}, base {geometry.base:g}, factor {factor:g}", size="medium")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=100)

@@ -93,10 +93,9 @@ class Wrapper(FrequencySchedule):
                 f'pass ropex.schedule("{self.default_inner}", ...), or use ropex.schedule("{self.method}", ...)'
             )
         if self.inner.outermost:
-            raise ValueError(
-                f'inner={self.inner!r}: must not move the positions; turn it round, as in ropex.schedule("'
-                f'{self.inner.method}", inner="{self.method}", ...), or leave one out'
-            )
+            turned = f'turn it round, as in ropex.schedule("{self.inner.method}", inner="{self.method}", ...)'
+            remedy = "leave one of the two out" if self.outermost else turned
+            raise ValueError(f"inner={self.inner!r}: must not move the positions; {remedy}")
         for name in ("length_dependent", "learned", "augments"):
             object.__setattr__(self, name, getattr(type(self), name) or getattr(self.inner, name))
         object.__setattr__(self, "training_free", type(self).training_free and self.inner.training_free)
@@ -129,9 +128,7 @@ def option_names(schedule: type[FrequencySchedule], *, required: bool = False) -
 
 
 def require_factor(factor: object) -> None:
-    require_number(
-        "factor", factor, minimum=1, remedy="pass target length / trained length, such as factor=4, or leave it at 1"
-    )
+    require_number("factor", factor, minimum=1, remedy="pass target length / trained length, such as factor=4")
 
 
 def require_floor(floor: object) -> None:

@@ -181,7 +181,7 @@ def _check(clex: CLEX) -> None:
             clex.factor,
             minimum=1,
             maximum=clex.max_factor,
-            remedy="the net is integrated up to max_factor; pass a larger max_factor=, or None to follow the length",
+            remedy="the net is integrated up to max_factor; pass a larger max_factor=, or a smaller target",
         )
     if clex.dim is not None:
         require_dim(clex.dim)

@@ -57,7 +57,8 @@ class PoSE(Augmentation):
 
     Use it to fine-tune for S at the cost of M, around any schedule. M is `Request.length`, so the pinned length under a
     pin, which must then be that of the window; S is the target length. Where a data collator already skips
-    (`PoSECollator`), patch with the inner schedule alone.
+    (`PoSECollator`), patch with the inner schedule alone. A window of S tokens or more keeps its positions; around a
+    schedule that moves positions itself (`e2llm`, `clex`) both moves add up, and may pass S.
 
     Args:
         inner: what scales the frequencies; `linear` by default.
@@ -89,8 +90,8 @@ class RandomPositions(Augmentation):
     """In training the tokens of a window stand at random positions of the target length S, in order.
 
     In evaluation it is its inner schedule. Use it to train for a length that no training sample has; unlike `pose` it
-    leaves no neighbours together. The window is the number of tokens in the pass: one that holds a part of a longer
-    context, as in context-parallel training, would draw for itself alone.
+    leaves no neighbours together. A window of S tokens or more keeps its positions. The window is the number of tokens
+    in the pass: one that holds a part of a longer context, as in context-parallel training, would draw for itself alone.
 
     Args:
         inner: what scales the frequencies; `linear` by default.
@@ -153,9 +154,9 @@ class PoSECollator:
 
     Returns:
         When called with a batch of `{"input_ids": ...}`, with or without `labels`, and less what `attention_mask` says
-        is padding: int64 tensors [batch, M] `input_ids`, `labels`, `position_ids` and `attention_mask`. (The mask is
-        there because without one transformers takes a skip in the positions for the start of another document, and
-        hides the first chunk from the second.)
+        is padding: int64 tensors [batch, at most M] `input_ids`, `labels`, `position_ids` and `attention_mask`. (The
+        mask is there because without one transformers takes a skip in the positions for the start of another document,
+        and hides the first chunk from the second.)
 
     Example:
         >>> batch = PoSECollator(window=16, target_length=128)([{"input_ids": list(range(40))}])

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ropex._checks import require_int
 from ropex.scaling.base import FrequencySchedule, Wrapper, option_names, require_factor
 from ropex.scaling.clex import CLEX
 from ropex.scaling.e2llm import E2LLM
@@ -63,11 +64,16 @@ def schedule_class(name: str) -> type[FrequencySchedule]:
     Raises:
         ValueError: unknown name; the nearest one is suggested.
     """
+    return _class_of(name, "method")
+
+
+def _class_of(name: str, option: str) -> type[FrequencySchedule]:
+    """The class behind a name that was passed as this option."""
     if isinstance(name, str) and (cls := _METHODS.get(_ALIASES.get(name, name))):
         return cls
     known = [*_METHODS, *_ALIASES]
     hint = _nearest(str(name).lower(), known, otherwise="pass one of them")
-    raise ValueError(f"method={name!r}: must be one of {', '.join(known)}; {hint}")
+    raise ValueError(f"{option}={name!r}: must be one of {', '.join(known)}; {hint}")
 
 
 def _nearest(word: str, known: list[str], *, otherwise: str) -> str:
@@ -89,6 +95,7 @@ def accepted_options(name: str, inner: str | FrequencySchedule | None = None) ->
             raise ValueError(
                 f'inner={inner!r}: must be a method\'s name or a schedule; pass inner="{cls.default_inner}"'
             )
+        _class_of(inner, "inner")
         options += [option for option in accepted_options(inner) if option not in options]
     return options
 
@@ -116,6 +123,8 @@ def schedule(name: str, **options: Any) -> FrequencySchedule:
         hint = _nearest(unknown[0], accepted, otherwise="remove it")
         if unknown[0] == "factor" and "floor" in accepted:
             hint = "pass floor=, or length= to ropex.patch"
+        if unknown[0].endswith("length"):
+            hint = "ropex.patch takes length= in tokens, and makes the factor of it"
         accepts = f"accepts {', '.join(accepted)}" if accepted else "accepts no options"
         raise ValueError(f'option {unknown[0]}={options[unknown[0]]!r}: method "{name}" {accepts}; {hint}')
     if issubclass(cls, Wrapper) and not isinstance(options.get("inner"), FrequencySchedule):
@@ -164,7 +173,10 @@ def schedule_for(
         given = {"factor": factor, "length": length, **options}
         if given := {name: value for name, value in given.items() if value is not None}:
             name, value = next(iter(given.items()))
-            raise ValueError(f"{name}={value!r} with the schedule {method!r}: it has its own options; set {name} there")
+            raise ValueError(
+                f"{name}={value!r} with the schedule {method!r}: it has its own options; leave {name} out, and make "
+                "the schedule with them"
+            )
         return method
     target = target_option(method, options.get("inner"))
     if factor is not None:
@@ -174,7 +186,8 @@ def schedule_for(
     if length is not None:
         if target is None:
             raise ValueError(_no_target(method, "length", length, options))
-        if not isinstance(length, int) or isinstance(length, bool) or length < trained_length:
+        require_int("length", length, minimum=1, remedy="pass the target length in tokens")
+        if length < trained_length:
             raise ValueError(
                 f"length={length!r}: must be an int >= the model's trained length of {trained_length} tokens; "
                 f'a shorter context needs no scaling, so pass method="none"'
@@ -191,7 +204,7 @@ def schedule_for(
 
 def _no_target(method: str, name: str, value: object, options: Mapping[str, Any]) -> str:
     if isinstance(inner := options.get("inner"), FrequencySchedule):
-        return f"{name}={value!r} with the inner schedule {inner!r}: it has its own options; set {name} there"
+        return f"{name}={value!r} with the inner schedule {inner!r}: it has its own options; leave {name} out"
     return f'{name}={value!r}: method "{method}" has no target length; leave {name} out'
 
 
