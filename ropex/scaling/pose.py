@@ -91,7 +91,7 @@ class RandomPositions(Augmentation):
 
     In evaluation it is its inner schedule. Use it to train for a length that no training sample has; unlike `pose` it
     leaves no neighbours together. A window of S tokens or more keeps its positions. The window is the number of tokens
-    in the pass: one that holds a part of a longer context, as in context-parallel training, would draw for itself alone.
+    in the pass: one that holds part of a longer context, as in context-parallel training, would draw for itself alone.
 
     Args:
         inner: what scales the frequencies; `linear` by default.
