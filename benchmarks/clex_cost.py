@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 import ropex
-from benchmarks import RESULTS
+from benchmarks import RESULTS, summary
 from ropex.evaluation.compare import environment, write_json
 from ropex.evaluation.loading import load_model, load_text
 from ropex.scaling import CLEX, clex
@@ -82,11 +81,6 @@ def seconds(action: Callable[..., Tensor], *arguments: Any) -> float:
     start = time.perf_counter()
     action(*arguments).sum().backward()
     return time.perf_counter() - start
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    quartiles = statistics.quantiles(values, n=4)
-    return {"median": statistics.median(values), "quartile_1": quartiles[0], "quartile_3": quartiles[2]}
 
 
 def solvers(rounds: int) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ benchmarks/results.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import ropex
-from benchmarks import RESULTS
+from benchmarks import RESULTS, summary
 from ropex.evaluation.compare import environment, write_json
 from ropex.evaluation.loading import load_model, load_text
 
@@ -35,17 +34,6 @@ def seconds(model: nn.Module, ids: Tensor) -> Tensor:
     if ids.is_cuda:
         torch.cuda.synchronize()
     return torch.tensor([time.perf_counter() - start[0], time.process_time() - start[1]], dtype=torch.float64)
-
-
-def summary(ratios: list[float]) -> dict[str, float]:
-    quartiles = statistics.quantiles(ratios, n=4)
-    return {
-        "median": statistics.median(ratios),
-        "quartile_1": quartiles[0],
-        "quartile_3": quartiles[2],
-        "min": min(ratios),
-        "max": max(ratios),
-    }
 
 
 @torch.no_grad()

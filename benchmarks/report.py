@@ -36,6 +36,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def spread(summary: dict[str, float], digits: int) -> str:
+    """Median and quartiles, as the tables show them."""
+    median, low, high = (f"{summary[name]:.{digits}f}" for name in ("median", "quartile_1", "quartile_3"))
+    return f"{median} ({low}-{high})"
+
+
 def perplexity_table() -> str:
     result = load("perplexity.json")
     methods = list(result["differences"])
@@ -75,7 +81,7 @@ def patch_overhead() -> str:
         stamps.append(f"[{name}](../benchmarks/results/{name}): {environment(result)}")
         for clock in ("wall", "cpu"):
             ratios = (result["patched"][clock], result["unpatched"][clock])
-            cells = [f"{r['median']:.3f} ({r['quartile_1']:.3f}-{r['quartile_3']:.3f})" for r in ratios]
+            cells = [spread(ratio, 3) for ratio in ratios]
             rows.append([result["environment"]["dtype"], str(result["tokens"]), str(result["pairs"]), clock, *cells])
     return f"""## What a patch costs
 
@@ -117,8 +123,7 @@ def clex_cost() -> str:
             f"{row['step']:g}",
             str(row["evaluations"]),
             f"{row['relative_error']:.1e}",
-            f"{row['time_over_ropex']['median']:.1f} ({row['time_over_ropex']['quartile_1']:.1f}-"
-            f"{row['time_over_ropex']['quartile_3']:.1f})",
+            spread(row["time_over_ropex"], 1),
         ]
         for row in result["solvers"]
     ]

@@ -102,7 +102,7 @@ def _counted(state: Tensor, counter: Tensor) -> Tensor:
     Two rounds on the plain count instead of one on its multiple: TorchInductor turns the multiple of an `arange` into
     index arithmetic of C++, where overflow is undefined, and the compiler then drops the end of the loop.
     """
-    return _mix(_mix(state ^ counter) + _GOLDEN_RATIO)
+    return next_key(state ^ counter)
 
 
 def _mix(x: Tensor) -> Tensor:

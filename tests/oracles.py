@@ -73,6 +73,12 @@ ROTATION_ERROR = 2e-6
 LOGIT_ERROR = 1e-5
 
 
+def relative_error(got: torch.Tensor, want: object) -> float:
+    """The largest one; a zero must be a zero."""
+    want = torch.as_tensor(want, dtype=torch.float64)
+    return ((got.flatten() - want).abs() / torch.where(want == 0, 1e-300, want.abs())).max().item()
+
+
 def true_cos_sin(position: int, inv_freq: float) -> tuple[float, float]:
     """Cos and sin of position * inv_freq in 200 bits, rounded once."""
     with mpmath.workprec(200):

@@ -14,7 +14,7 @@ from torchdiffeq import odeint
 
 import ropex
 from ropex.scaling import CLEX
-from tests.oracles import GOLDEN, fitted, training_request
+from tests.oracles import GOLDEN, fitted, relative_error, training_request
 
 GEOMETRY = ropex.Geometry(dim=64, base=10_000.0, trained_length=2048, rounded=False)
 
@@ -26,11 +26,6 @@ def golden(activation: str, **options: Any) -> tuple[CLEX, dict[str, Any]]:
     weights = {name: torch.tensor(data[name], dtype=torch.float64) for name in ("up_proj", "down_proj")}
     clex.double().load_state_dict(weights)
     return clex, data
-
-
-def relative_error(got: Tensor, want: Any) -> float:
-    want = torch.as_tensor(want, dtype=torch.float64)
-    return ((got.flatten() - want).abs() / want.abs()).max().item()
 
 
 @torch.no_grad()

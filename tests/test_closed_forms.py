@@ -15,15 +15,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import ropex
-from tests.oracles import GEOMETRIES, GOLDEN, GOLDEN_RELATIVE, plain_frequency, yarn_frequency
+from tests.oracles import GEOMETRIES, GOLDEN, GOLDEN_RELATIVE, plain_frequency, relative_error, yarn_frequency
 
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: f"d{g.dim}-b{g.base:g}-L{g.trained_length}")
-
-
-def relative_error(got: Tensor, want: Any) -> float:
-    """The largest one; a zero must be a zero."""
-    want = torch.as_tensor(want, dtype=torch.float64)
-    return ((got.flatten() - want).abs() / torch.where(want == 0, 1e-300, want.abs())).max().item()
 
 
 def inv_freq(method: str, geometry: ropex.Geometry, length: int = 1, **options: Any) -> Tensor:

@@ -52,7 +52,9 @@ class FrequencySchedule(abc.ABC):
         """By how much each pair turns at each token of this pass."""
 
     def target_length(self, trained_length: int) -> int:
-        """The context length, in tokens, that this schedule is meant to reach: `factor` times the trained one."""
+        """The context length in tokens that this schedule is meant to reach: `floor`, or `factor` times the trained."""
+        if (floor := getattr(self, "floor", None)) is not None:
+            return int(floor)
         return round((getattr(self, "factor", None) or 1) * trained_length)
 
     def for_geometry(self, geometry: Geometry) -> FrequencySchedule:
@@ -165,10 +167,14 @@ def growth(request: Request, floor: int | None = None) -> Tensor:
 # --- forms that several strategies share ------------------------------------------------------------------------------
 
 
+def pair_index(inv_freq: Tensor) -> Tensor:
+    """`i`, from 0 to `dim / 2 - 1`: [half], like the frequencies."""
+    return torch.arange(inv_freq.shape[-1], dtype=inv_freq.dtype, device=inv_freq.device)
+
+
 def ntk_exponent(inv_freq: Tensor) -> Tensor:
     """`2 i / (dim - 2)`, from 0 for the first pair to 1 for the last."""
-    half = inv_freq.shape[-1]
-    return torch.arange(half, dtype=inv_freq.dtype, device=inv_freq.device) / max(half - 1, 1)
+    return pair_index(inv_freq) / max(inv_freq.shape[-1] - 1, 1)
 
 
 def ntk_stretched(inv_freq: Tensor, alpha: float | Tensor) -> Tensor:
@@ -221,8 +227,7 @@ def ramp_by_index(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, geometry.dim - 1)
     high += 0.001 if low == high else 0  # the released code's guard against a zero width
-    index = torch.arange(geometry.dim // 2, dtype=inv_freq.dtype, device=inv_freq.device)
-    return ((index - low) / (high - low)).clamp(0, 1)
+    return ((pair_index(inv_freq) - low) / (high - low)).clamp(0, 1)
 
 
 def blended(inv_freq: Tensor, factor: float | Tensor, ramp: Tensor, blend: Blend = "frequency") -> Tensor:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from ropex import draws
 from ropex._checks import require_choice, require_dim, require_int, require_number
 from ropex.rotation import Geometry, Request, Rotation
-from ropex.scaling.base import FrequencySchedule, growth, looked_up, ntk_exponent, ntk_stretched, require_key
+from ropex.scaling.base import (
+    FrequencySchedule,
+    growth,
+    looked_up,
+    ntk_exponent,
+    ntk_stretched,
+    pair_index,
+    require_key,
+)
 
 __all__ = ["CLEX"]
 
@@ -45,16 +53,15 @@ class _Equation(nn.Module):
         nn.init.kaiming_uniform_(self.up_proj, a=math.sqrt(5))
         nn.init.zeros_(self.down_proj)
 
-    def inv_freq(self, request: Request, t: Tensor) -> Tensor:
-        """The frequencies at t, 1 to max_factor: [half] for a 0-d t, [batch, 1, half] for one of [batch, 1, 1]."""
+    def inv_freq(self, request: Request, t: Tensor | float) -> Tensor:
+        """The frequencies at t, 1 to max_factor: [half] for a number or 0-d, [batch, 1, half] for [batch, 1, 1]."""
         theta, base = request.inv_freq(), self.net_base or request.geometry.base
-        t = t.to(theta.dtype)
+        t = torch.as_tensor(t, dtype=theta.dtype, device=theta.device)
         ntk = ntk_stretched(theta, 2 * t - 1)
         _require_dim(self.dim, request.geometry)
         if self.dim is None:
             return ntk
-        index = torch.arange(len(theta), dtype=theta.dtype, device=theta.device)
-        at_one = theta.log() - index / len(theta) * math.log(base)
+        at_one = theta.log() - pair_index(theta) / len(theta) * math.log(base)
         return ntk * self._residual(at_one, t).clamp(max=math.log(2 * math.pi) - ntk.log()).exp()
 
     def _residual(self, at_one: Tensor, t: Tensor) -> Tensor:
@@ -161,13 +168,12 @@ class CLEX(_Equation, FrequencySchedule):
     def rotation(self, request: Request) -> Rotation:
         positions, trained_length = request.positions, request.geometry.trained_length
         if not request.training:
-            t = growth(request).ceil().clamp(1, self.max_factor)
-            t = t if self.factor is None else torch.full((), self.factor, dtype=t.dtype, device=t.device)
+            t = growth(request).ceil().clamp(1, self.max_factor) if self.factor is None else self.factor
             return Rotation(positions, self.inv_freq(request, t))
         key, window = require_key(request, self.method), positions.shape[-1]
-        t = 1 + draws.integers(key[:1], 1, self.max_factor)[0, 0]
-        positions = looked_up(_sampled(draws.next_key(key), window, t, self.max_factor), positions)
-        return Rotation(positions, self.inv_freq(request, t) / max(window // trained_length, 1))
+        drawn = 1 + draws.integers(key[:1], 1, self.max_factor)[0, 0]
+        positions = looked_up(_sampled(draws.next_key(key), window, drawn, self.max_factor), positions)
+        return Rotation(positions, self.inv_freq(request, drawn) / max(window // trained_length, 1))
 
     def target_length(self, trained_length: int) -> int:
         return round((self.factor or self.max_factor) * trained_length)

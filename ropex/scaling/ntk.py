@@ -9,7 +9,7 @@ import torch
 
 from ropex._checks import require_number
 from ropex.rotation import Request, Rotation
-from ropex.scaling.base import FrequencySchedule, growth, ntk_stretched, require_factor, require_floor
+from ropex.scaling.base import FrequencySchedule, growth, ntk_stretched, pair_index, require_factor, require_floor
 
 __all__ = ["AdjustedBase", "DynamicNTK", "NTKAware"]
 
@@ -87,9 +87,6 @@ class DynamicNTK(FrequencySchedule):
         alpha = torch.where(grown > 1, self.factor * grown - (self.factor - 1), 1.0)
         return Rotation(request.positions, ntk_stretched(request.inv_freq(), alpha))
 
-    def target_length(self, trained_length: int) -> int:
-        return self.floor if self.floor is not None else super().target_length(trained_length)
-
 
 @dataclass(frozen=True)
 class AdjustedBase(FrequencySchedule):
@@ -132,5 +129,5 @@ class AdjustedBase(FrequencySchedule):
         inv_freq, geometry = request.inv_freq(), request.geometry
         if self.base is None:
             return Rotation(request.positions, ntk_stretched(inv_freq, self.factor or 1))
-        index = torch.arange(geometry.dim // 2, dtype=inv_freq.dtype, device=inv_freq.device)
-        return Rotation(request.positions, inv_freq * (self.base / geometry.base) ** (-2 * index / geometry.dim))
+        exponent = -2 * pair_index(inv_freq) / geometry.dim
+        return Rotation(request.positions, inv_freq * (self.base / geometry.base) ** exponent)

@@ -140,7 +140,8 @@ def schedule(name: str, **options: Any) -> FrequencySchedule:
 def _with_inner(cls: type[Wrapper], inner: str | None = None, **options: Any) -> dict[str, Any]:
     """A wrapper's options, with the inner schedule made of those that are meant for it."""
     inner = inner or cls.default_inner
-    meant = {name: value for name, value in options.items() if name in accepted_options(inner)}
+    accepted = accepted_options(inner)
+    meant = {name: value for name, value in options.items() if name in accepted}
     kept = {name: value for name, value in options.items() if name not in meant}
     return {"inner": schedule(inner, **meant), **kept}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ropex._checks import require_int, require_number
 from ropex.rotation import Request, Rotation
-from ropex.scaling.base import FrequencySchedule, require_factor
+from ropex.scaling.base import FrequencySchedule, pair_index, require_factor
 
 __all__ = ["DroPE", "PowerBasis", "ProportionalRoPE", "TruncatedBasis"]
 
@@ -152,11 +152,8 @@ class ProportionalRoPE(FrequencySchedule):
     def rotation(self, request: Request) -> Rotation:
         inv_freq = request.inv_freq()
         turning = int(self.fraction * request.geometry.dim // 2)
-        index = torch.arange(inv_freq.shape[-1], device=inv_freq.device)
-        return Rotation(request.positions, torch.where(index < turning, inv_freq, 0.0))
+        return Rotation(request.positions, torch.where(pair_index(inv_freq) < turning, inv_freq, 0.0))
 
 
 def _powered(inv_freq: Tensor, exponent: float) -> Tensor:
-    half = inv_freq.shape[-1]
-    index = torch.arange(half, dtype=inv_freq.dtype, device=inv_freq.device)
-    return inv_freq * (1 - index / half) ** exponent
+    return inv_freq * (1 - pair_index(inv_freq) / inv_freq.shape[-1]) ** exponent

@@ -197,9 +197,6 @@ class DynamicYaRN(ByParts):
         factor = growth(request, self.floor).clamp(min=1)
         return Rotation(request.positions, self.interpolated(request, factor), 0.1 * factor.log() + 1)
 
-    def target_length(self, trained_length: int) -> int:
-        return self.floor if self.floor is not None else trained_length
-
 
 def _require_amplitude(amplitude: float | None, mscale: float | None, mscale_all_dim: float | None) -> None:
     require_positive("amplitude", amplitude)
