@@ -15,6 +15,20 @@ hypothesis.settings.register_profile("ropex", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("ropex")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Without a GPU the Triton kernels run in Triton's interpreter; `pytest -m gpu` runs them on the GPU.
+    if config.getoption("markexpr") != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a Triton kernel runs: in the interpreter, or on a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)

@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args, overload
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import torch
 from torch import Tensor
 
-from ropex._checks import describe, require_choice
-from ropex.kernels import reference
+from ropex._checks import require_choice
+from ropex.kernels import checks, reference
+from ropex.kernels.backend import BACKENDS, HAS_TRITON, Backend, choose_backend, require_backend
+from ropex.kernels.compiled import HAS_COMPILER
+from ropex.kernels.reference import Source
 from ropex.rotation import Rotation
 
-__all__ = ["Angles", "Backend", "Layout", "Order", "rotate", "rotate_with_table", "table"]
+__all__ = [
+    "Angles",
+    "Layout",
+    "Order",
+    "from_heads",
+    "operators",
+    "rotate",
+    "rotate_with_table",
+    "source_of",
+    "table",
+    "to_heads",
+]
 
 Layout = Literal["half", "interleaved"]
-Order = Literal["bhsd", "bshd"]
+Order = Literal["bhsd", "bshd", "thd"]
 Angles = Literal["exact", "float32"]
-Backend = Literal["auto", "reference"]
-_LAYOUTS, _ORDERS, _ANGLES, _BACKENDS = (get_args(words) for words in (Layout, Order, Angles, Backend))
+LAYOUTS, ORDERS, _ANGLES = (get_args(words) for words in (Layout, Order, Angles))
+
+
+class _Options(TypedDict, total=False):
+    layout: Layout
+    order: Order
+    rotary_dim: int | None
+    cu_seqlens: Tensor | None
+    inplace: bool
+    out_dtype: torch.dtype | None
+    split: bool
+    backend: Backend
+
+
+class _RotateOptions(_Options, total=False):
+    angles: Angles
 
 
 @overload
 def rotate(
-    q: Tensor,
-    k: None = None,
-    rotation: Rotation | None = None,
-    *,
-    layout: Layout = "half",
-    order: Order = "bhsd",
-    angles: Angles = "exact",
-    backend: Backend = "auto",
+    q: Tensor, k: None = None, rotation: Rotation | None = None, **options: Unpack[_RotateOptions]
 ) -> Tensor: ...
 
 
 @overload
 def rotate(
-    q: Tensor,
-    k: Tensor,
-    rotation: Rotation | None = None,
-    *,
-    layout: Layout = "half",
-    order: Order = "bhsd",
-    angles: Angles = "exact",
-    backend: Backend = "auto",
+    q: Tensor, k: Tensor, rotation: Rotation | None = None, **options: Unpack[_RotateOptions]
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -53,24 +67,40 @@ def rotate(
     *,
     layout: Layout = "half",
     order: Order = "bhsd",
+    rotary_dim: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    inplace: bool = False,
+    out_dtype: torch.dtype | None = None,
+    split: bool = False,
     angles: Angles = "exact",
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Rotate queries, and keys with them, by `positions * inv_freq`.
 
     For the pair (x, y) of channels and its angle a, with amplitude c: `(c (x cos a - y sin a), c (y cos a + x sin a))`.
-    The arithmetic is float32 (float64 for float64 input), rounded once to the dtype of the input. The leading
-    `2 * half` channels of a head turn, the rest pass. Gradients reach q, k, `inv_freq` and `amplitude`.
+    The arithmetic is float32 (float64 for float64 input), rounded once. The leading `2 * half` channels of a head turn,
+    the rest pass. Gradients reach q, k, `inv_freq` and `amplitude`; the backward pass keeps positions and frequencies,
+    and for the frequencies' gradient its own output.
 
     Args:
-        q: [batch, heads, seq, head_dim], or [batch, seq, heads, head_dim] for `order="bshd"`; any strides.
+        q: [batch, heads, seq, head_dim]; for `order="bshd"` [batch, seq, heads, head_dim], for "thd" [tokens, heads,
+            head_dim]; any strides; float16, bfloat16, float32 or float64.
         k: like q, with any number of heads; None for q alone.
-        rotation: from a schedule, or made by hand.
+        rotation: from a schedule, or made by hand. Its positions are int64, so that they may be negative and exceed
+            2**31. For packed tokens without `cu_seqlens` it has one row, [1, tokens].
         layout: `half` pairs channel i with half + i (Llama, GPT-NeoX), `interleaved` pairs 2 i with 2 i + 1 (GPT-J).
-        order: which axis holds the heads.
+        order: what the axes of q and k are.
+        rotary_dim: a check, that the rotation turns this many channels.
+        cu_seqlens: for packed tokens, int [sequences + 1], where each sequence starts and the last ends. The j-th token
+            of sequence i turns as column j of the rotation's row i, or of its only row.
+        inplace: overwrite q and k and return them. Where autograd records, by way of a copy.
+        out_dtype: of the result; that of q by default. float16 keeps eight times more of a rotated bfloat16.
+        split: return the result's rounding and that of what rounding left, stacked, [2, ...]: `high, low = rotate(q,
+            split=True, ...)`. Their sum is good to 16 bits where the dtype is bfloat16.
         angles: `exact`, by 64-bit integer phase, right to float32 at any position; `float32`, transformers' arithmetic
             bit for bit, whose error grows with the position (0.03 at one million).
-        backend: `reference`, PyTorch; `auto`, the fastest one at hand.
+        backend: `triton`, one kernel for q and k, on a GPU; `compiled`, one pass each, by torch.compile on a CPU;
+            `reference`, PyTorch; `auto`, `ropex.kernels.choose_backend`. A named backend runs or raises.
 
     Returns:
         The rotated q, or (q, k) where k is given.
@@ -86,141 +116,191 @@ def rotate(
 
     Reference: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv:2104.09864, eq. 34.
     """
-    if not isinstance(rotation, Rotation):
-        raise ValueError(f"rotation={rotation!r}: must be a ropex.Rotation; pass what a schedule's rotation() gave")
-    _check_options(layout, order, backend)
-    rows = _check_rotation(rotation, angles)
-    _check_heads(q, k, order, rows, rotation.inv_freq.shape[-1], rotation.positions.device)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    cos, sin = reference.make_table(rotation, angles=angles, dtype=dtype)
-    return _rotate(q, k, cos, sin, layout, order)
+    source, rows = source_of(rotation, angles, q)
+    return _rotate(
+        q, k, source, rows,
+        layout=layout, order=order, rotary_dim=rotary_dim, cu_seqlens=cu_seqlens,
+        inplace=inplace, out_dtype=out_dtype, split=split, backend=backend,
+    )  # fmt: skip
+
+
+@overload
+def rotate_with_table(q: Tensor, k: None, cos: Tensor, sin: Tensor, **options: Unpack[_Options]) -> Tensor: ...
 
 
 @overload
 def rotate_with_table(
-    q: Tensor, k: None, cos: Tensor, sin: Tensor, *, layout: Layout = "half", order: Order = "bhsd"
-) -> Tensor: ...
-
-
-@overload
-def rotate_with_table(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout = "half", order: Order = "bhsd"
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Unpack[_Options]
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def rotate_with_table(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, layout: Layout = "half", order: Order = "bhsd"
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: Layout = "half",
+    order: Order = "bhsd",
+    rotary_dim: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    inplace: bool = False,
+    out_dtype: torch.dtype | None = None,
+    split: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rotate` for callers that have cos and sin, such as a model whose layers share one table.
 
     Args:
-        q, k, layout, order: as in `rotate`.
-        cos, sin: [1 or batch, seq, half], with the amplitude in them; gradients reach them.
+        q, k, layout, order, cu_seqlens, inplace, out_dtype, split, backend: as in `rotate`.
+        cos, sin: [1 or batch, seq, half] in any floating-point dtype, with the amplitude in them; gradients reach them.
+            Full-width tables as transformers makes them, [1 or batch, seq, rotary_dim] with each pair's value twice in
+            the order of `layout`, are taken too: by default those wider than half a head.
+        rotary_dim: how many channels turn, which tells a full table of a partial rotation from half a table.
     """
-    _check_options(layout, order, "auto")
-    if cos.dim() != 3 or cos.shape != sin.shape or not cos.is_floating_point():
-        raise ValueError(
-            f"cos {describe(cos)} and sin {describe(sin)}: must be equal floating-point tables [1 or batch, seq, "
-            "half]; pass what ropex.kernels.table gave"
-        )
-    _check_heads(q, k, order, (cos.shape[0], cos.shape[1]), cos.shape[-1], cos.device)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return _rotate(q, k, cos.to(dtype), sin.to(dtype), layout, order)
+    checks.check_table(cos, sin)
+    width = cos.shape[-1]
+    if isinstance(q, Tensor) and q.dim():
+        full = width == rotary_dim if rotary_dim is not None else 2 * width > q.shape[-1]
+        if full and width % 2 == 0:
+            require_choice("layout", layout, LAYOUTS)
+            cos, sin = (t[..., : width // 2] if layout == "half" else t[..., ::2] for t in (cos, sin))
+    return _rotate(
+        q, k, Source(cos, sin, table=True), (cos.shape[0], cos.shape[1]),
+        layout=layout, order=order, rotary_dim=rotary_dim, cu_seqlens=cu_seqlens,
+        inplace=inplace, out_dtype=out_dtype, split=split, backend=backend,
+    )  # fmt: skip
 
 
 def table(rotation: Rotation, *, angles: Angles = "exact", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Cos and sin of a rotation's angles, times its amplitude: two tensors [batch, seq, half] in `dtype`."""
-    _check_rotation(rotation, angles)
-    return reference.make_table(rotation, angles=angles, dtype=dtype)
+    source, _ = source_of(rotation, angles, torch.empty(0, dtype=dtype, device="meta"))
+    cos, sin = source.tables(dtype)
+    return cos, sin
+
+
+def source_of(rotation: Rotation | None, angles: str, q: Tensor) -> tuple[Source, tuple[int, int]]:
+    """The rotation as the backends take it, for q, and its [batch, seq].
+
+    float32 angles become a table here, by PyTorch's own cos and sin, so that no backend's are other bits.
+    """
+    require_choice("angles", angles, _ANGLES)
+    if not isinstance(rotation, Rotation):
+        raise ValueError(f"rotation={rotation!r}: must be a ropex.Rotation; pass what a schedule's rotation() gave")
+    rows = checks.check_rotation(rotation)
+    positions, inv_freq, amplitude = rotation
+    inv_freq = inv_freq.to(positions.device)
+    inv_freq = inv_freq[None, None] if inv_freq.dim() == 1 else inv_freq
+    factors, scale = None, 1.0
+    if isinstance(amplitude, Tensor):
+        factors = amplitude.to(positions.device)
+        factors = factors.reshape((1,) * (3 - factors.dim()) + factors.shape)
+    else:
+        scale = float(amplitude)
+    source = Source(positions, inv_freq, factors, scale)
+    if angles == "float32":
+        # transformers' arithmetic, operation by operation: the product is rounded to float32 before the reduction.
+        angle = positions[..., None].to(torch.float32) * inv_freq.to(torch.float32)
+        double = isinstance(q, Tensor) and q.dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        factor = scale if factors is None else factors.to(dtype)
+        source = Source(angle.cos().to(dtype) * factor, angle.sin().to(dtype) * factor, table=True)
+    return source, rows
 
 
 def _rotate(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, layout: Layout, order: Order
+    q: Tensor,
+    k: Tensor | None,
+    source: Source,
+    rows: tuple[int, int],
+    *,
+    layout: Layout,
+    order: Order,
+    rotary_dim: int | None,
+    cu_seqlens: Tensor | None,
+    inplace: bool,
+    out_dtype: torch.dtype | None,
+    split: bool,
+    backend: Backend,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    heads_axis = 1 if order == "bhsd" else 2
-    cos, sin = cos.unsqueeze(heads_axis), sin.unsqueeze(heads_axis)
-    rotated = reference.rotate_one(q, cos, sin, layout=layout)
-    return rotated if k is None else (rotated, reference.rotate_one(k, cos, sin, layout=layout))
-
-
-def _check_options(layout: str, order: str, backend: str) -> None:
-    require_choice("layout", layout, _LAYOUTS)
-    require_choice("order", order, _ORDERS)
-    require_choice("backend", backend, _BACKENDS)
-
-
-def _check_rotation(rotation: Rotation, angles: str) -> tuple[int, int]:
-    """Raise unless the rotation's tensors fit each other; its [batch, seq]."""
-    require_choice("angles", angles, _ANGLES)
-    positions, inv_freq, amplitude = rotation
-    if not isinstance(positions, Tensor) or not isinstance(inv_freq, Tensor):
-        kinds = f"{type(positions).__name__} and {type(inv_freq).__name__}"
-        raise ValueError(f"positions and inv_freq of the types {kinds}: must be tensors; convert them")
-    if not isinstance(amplitude, (int, float, Tensor)):
-        raise ValueError(f"amplitude={amplitude!r}: must be a number or a tensor; pass 1.0 for none")
-    if positions.dim() != 2 or positions.dtype != torch.int64:
-        raise ValueError(
-            f"positions {describe(positions)}: must be int64 [batch, seq]; a fractional scale belongs in inv_freq"
+    require_choice("layout", layout, LAYOUTS)
+    require_choice("order", order, ORDERS)
+    require_choice("backend", backend, BACKENDS)
+    half, device = source.second.shape[-1], source.first.device
+    checks.check_heads(q, k, order, rows, half, device, cu_seqlens is not None)
+    checks.check_rotary_dim(rotary_dim, half, q.shape[-1])
+    checks.check_output(out_dtype, inplace=inplace, split=split, dtype=q.dtype)
+    if cu_seqlens is not None:
+        checks.check_packed(cu_seqlens, order, q.shape[0], rows, device)
+        source = _packed(source, cu_seqlens, q.shape[0])
+    if inplace:
+        checks.check_in_place(q, k)
+    require_backend(backend, device, q.dtype)
+    if backend == "auto":
+        backend = choose_backend(
+            device.type,
+            q.dtype,
+            q.numel() + (k.numel() if k is not None else 0),
+            triton=HAS_TRITON,
+            compiler=HAS_COMPILER,
+            tracing=torch.compiler.is_compiling(),
         )
-    batch, seq = positions.shape
-    per_row = inv_freq.dim() == 3 and (batch == 1 or inv_freq.shape[0] in (1, batch)) and inv_freq.shape[1] in (1, seq)
-    if not (inv_freq.dim() == 1 or per_row) or not inv_freq.is_floating_point():
-        raise ValueError(
-            f"inv_freq {describe(inv_freq)}: must be a floating-point [half], [batch, 1, half] or [batch, seq, half] "
-            f"for positions {describe(positions)}; reshape it"
-        )
-    if inv_freq.dim() == 3:
-        batch = max(batch, inv_freq.shape[0])
-    half = inv_freq.shape[-1]
-    if isinstance(amplitude, Tensor) and not _broadcasts(amplitude.shape, (batch, seq, half)):
-        raise ValueError(
-            f"amplitude {describe(amplitude)}: must broadcast against [{batch}, {seq}, {half}]; "
-            "pass a number, or one value per sample as [batch, 1, 1]"
-        )
-    for name, value in (("inv_freq", inv_freq), ("amplitude", amplitude)):
-        # A 0-d tensor on the CPU goes with every device.
-        if (
-            isinstance(value, Tensor)
-            and value.device != positions.device
-            and (value.dim() or value.device.type != "cpu")
-        ):
-            raise ValueError(
-                f"positions on {positions.device}, {name} on {value.device}: must be on one device; move one of them"
-            )
-    return batch, seq
-
-
-def _check_heads(
-    q: Tensor, k: Tensor | None, order: str, rows: tuple[int, int], half: int, device: torch.device
-) -> None:
-    axes = "[batch, heads, seq, head_dim]" if order == "bhsd" else "[batch, seq, heads, head_dim]"
-    seq_axis = 2 if order == "bhsd" else 1
-    for name, x in (("q", q), ("k", k)):
-        if x is None and name == "k":
-            continue
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} of the type {type(x).__name__}: must be a tensor {axes}; convert it")
-        if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"{name} {describe(x)}: must be a floating-point {axes}; reshape or cast it")
-        if x.shape[-1] < 2 * half:
-            raise ValueError(
-                f"{name} {describe(x)}: its head_dim must be >= the rotary dimension {2 * half}; "
-                "pass a rotation of the model's own geometry"
-            )
-        if rows[0] not in (1, x.shape[0]) or rows[1] != x.shape[seq_axis]:
-            raise ValueError(
-                f"{name} {describe(x)} with a rotation of {list(rows)}: must be the same [batch, seq] (batch may be 1 "
-                f"in the rotation), with {name} as {axes}; check positions and order"
-            )
-        if x.device != device:
-            raise ValueError(f"{name} on {x.device}, rotation on {device}: must be on one device; move one of them")
-    if k is not None and (k.dtype != q.dtype or k.shape[-1] != q.shape[-1] or k.shape[0] != q.shape[0]):
-        raise ValueError(
-            f"q {describe(q)} and k {describe(k)}: must agree in dtype, batch and head_dim; cast or reshape one"
-        )
-
-
-def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
-    return len(shape) <= len(target) and all(
-        have in (1, want) for have, want in zip(reversed(shape), reversed(target), strict=False)
+    dtype = q.dtype if out_dtype is None else out_dtype
+    interleaved = layout == "interleaved"
+    inputs = [to_heads(x, order) for x in (q, k) if x is not None]
+    recorded = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, source.first, source.second, source.amplitude)
     )
+    if inplace and not recorded and backend != "reference":
+        operators().rotate_(*_two(inputs), *source, False, interleaved, backend)
+        return q if k is None else (q, k)
+    if backend == "reference":
+        cos, sin = source.tables(torch.promote_types(q.dtype, torch.float32))
+        outputs = [reference.rotate_one(x, cos, sin, interleaved=interleaved, dtype=dtype, split=split) for x in inputs]
+    else:
+        outputs = operators().rotate(*_two(inputs), *source, False, interleaved, dtype, split, backend)
+    outputs = [from_heads(x, order) for x in outputs[: len(inputs)]]
+    if inplace:
+        outputs = [x.copy_(out) for x, out in zip((q, k), outputs, strict=False) if x is not None]
+    return outputs[0] if k is None else (outputs[0], outputs[1])
+
+
+def operators() -> Any:
+    """`torch.ops.ropex`, with its operators."""
+    from ropex.kernels import ops  # noqa: F401  # registers them
+
+    return torch.ops.ropex
+
+
+def _two(inputs: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    return inputs[0], inputs[1] if len(inputs) == 2 else None
+
+
+def to_heads(x: Tensor, order: str) -> Tensor:
+    """The view [batch, heads, seq, head_dim] of q or k."""
+    if order == "thd":
+        return x.transpose(0, 1)[None]
+    return x.transpose(1, 2) if order == "bshd" else x
+
+
+def from_heads(x: Tensor, order: str) -> Tensor:
+    """`to_heads` undone, on the last four axes."""
+    if order == "thd":
+        x = x.squeeze(-4)
+    return x if order == "bhsd" else x.transpose(-3, -2)
+
+
+def _packed(source: Source, cu_seqlens: Tensor, tokens: int) -> Source:
+    """The source that has one row for all packed tokens."""
+    cu_seqlens = cu_seqlens.to(torch.int64)
+    token = torch.arange(tokens, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    column = token - cu_seqlens[sequence]
+
+    def gathered(x: Tensor) -> Tensor:
+        row = sequence if x.shape[0] > 1 else torch.zeros_like(sequence)
+        return x[row, column if x.shape[1] > 1 else torch.zeros_like(column)][None]
+
+    first, second, amplitude, scale, table = source
+    second = gathered(second) if table or second.shape[0] > 1 or second.shape[1] > 1 else second
+    return Source(gathered(first), second, gathered(amplitude) if amplitude is not None else None, scale, table)

@@ -1,0 +1,240 @@
+"""The rotation in Triton: how it is launched."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ropex.kernels import triton_kernels as kernels
+from ropex.kernels.reference import Source
+
+__all__ = [
+    "TUNED",
+    "Launch",
+    "candidates",
+    "default_launch",
+    "norm_rotate",
+    "norm_rotate_backward",
+    "rotate",
+    "rotate_backward",
+]
+
+
+class Launch(NamedTuple):
+    """How the work is cut: tokens and heads of one program, and its warps."""
+
+    block_seq: int
+    heads: int
+    num_warps: int
+
+
+def default_launch(batch: int, seq: int, heads: int, half: int, *, lanes: int = 32) -> Launch:
+    """The launch for `heads` heads of q and k together, on a device whose warps have this many lanes.
+
+    8 pairs per thread of 4 warps are 8 neighbouring channels, one 128-bit access in 16-bit types.
+    Heads share a program's angles, and are spread over more programs where there are few tokens: a decoding step has
+    one per sample, and waits for memory rather than for arithmetic.
+    """
+    half_block = triton.next_power_of_2(half)
+    block_seq = min(max(1, 8 * 4 * lanes // half_block), triton.next_power_of_2(seq))
+    per_program = 8
+    while per_program > 1 and batch * triton.cdiv(seq, block_seq) * triton.cdiv(heads, per_program) < 2048:
+        per_program //= 2
+    return Launch(block_seq, per_program, max(1, min(4, block_seq * half_block // (8 * lanes))))
+
+
+def candidates(head_dim: int) -> list[Launch]:
+    """The launches that may be fastest on some GPU: at least four pairs per thread, at most 32."""
+    half_block = triton.next_power_of_2(head_dim // 2)
+    return [
+        Launch(block_seq, heads, num_warps)
+        for block_seq in (1, 2, 4, 8, 16, 32, 64)
+        for heads in (1, 2, 4, 8, 16)
+        for num_warps in (1, 2, 4, 8)
+        if 4 <= block_seq * half_block / (32 * num_warps) <= 32
+    ]
+
+
+# What `ropex.kernels.tune` found, by `tuning_key`.
+TUNED: dict[tuple[Any, ...], Launch] = {}
+
+
+def tuning_key(q: Tensor, k: Tensor | None, half: int) -> tuple[Any, ...]:
+    """What a launch depends on; tokens by their power of two."""
+    heads = (q.shape[1], k.shape[1] if k is not None else 0)
+    tokens = triton.next_power_of_2(q.shape[0] * q.shape[2])
+    return (q.device, q.dtype, *heads, q.shape[-1], half, tokens)
+
+
+def rotate(
+    q: Tensor,
+    k: Tensor | None,
+    q_out: Tensor,
+    k_out: Tensor | None,
+    source: Source,
+    *,
+    conjugate: bool,
+    interleaved: bool,
+    split: bool,
+    in_place: bool,
+    launch: Launch | None = None,
+) -> None:
+    """Write the rotated q and k, [batch, heads, seq, head_dim], into the outputs, which may be q and k themselves."""
+    plan = _Plan(q, k, source, interleaved, launch)
+    low = [out.stride(0) if split and out is not None else 0 for out in (q_out, k_out)]
+    outs = [out[0] if split and out is not None else out for out in (q_out, k_out)]
+    tail = 0 if in_place else plan.tail
+    plan.run(
+        kernels.rotate_kernel,
+        [*_both(q, k), *_both(*outs), *low, *plan.source, *plan.sizes],
+        [q, k, *outs],
+        TAIL=tail, TAIL_BLOCK=triton.next_power_of_2(max(tail, 1)), CONJUGATE=conjugate, SPLIT=split,
+    )  # fmt: skip
+
+
+def rotate_backward(
+    q_grad: Tensor,
+    k_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    q_out: Tensor,
+    k_out: Tensor | None,
+    source: Source,
+    *,
+    conjugate: bool,
+    interleaved: bool,
+    need_along: bool,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients turned back into the outputs.
+
+    Returns:
+        The sums of `reference.angle_gradients` over q and k, each float64 [batch, seq, half].
+    """
+    plan = _Plan(q_grad, k_grad, source, interleaved, None)
+    batch, _, seq, _ = q_grad.shape
+    shape = (plan.groups, batch, seq, source.second.shape[-1])
+    across = (q.new_zeros if plan.empty else q.new_empty)(shape, dtype=torch.float32)
+    along = torch.empty_like(across) if need_along and not plan.empty else across
+    plan.run(
+        kernels.rotate_backward_kernel,
+        [*_both(q_grad, k_grad), *_both(q, k), *_both(q_out, k_out), along, across, *plan.source, batch, *plan.sizes],
+        [q_grad, k_grad, q, k, q_out, k_out],
+        TAIL=plan.tail, TAIL_BLOCK=triton.next_power_of_2(max(plan.tail, 1)), CONJUGATE=conjugate, ALONG=need_along,
+    )  # fmt: skip
+    return along.sum(0, dtype=torch.float64), across.sum(0, dtype=torch.float64)
+
+
+def norm_rotate(
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    q_out: Tensor,
+    k_out: Tensor | None,
+    source: Source,
+    *,
+    eps: float,
+    offset: float,
+    interleaved: bool,
+) -> None:
+    """Write the normalised and rotated q and k into the outputs."""
+    plan = _Plan(q, k, source, interleaved, None)
+    plan.run(
+        kernels.norm_rotate_kernel,
+        [*_both(q, k), *_both(q_out, k_out), *_both(q_weight, k_weight), eps, offset, *plan.source, *plan.sizes],
+        [q, k, q_out, k_out],
+        TAIL=plan.tail, TAIL_BLOCK=triton.next_power_of_2(max(plan.tail, 1)),
+    )  # fmt: skip
+
+
+def norm_rotate_backward(
+    q_grad: Tensor,
+    k_grad: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    q_out: Tensor,
+    k_out: Tensor | None,
+    source: Source,
+    *,
+    eps: float,
+    offset: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients of q and k into the outputs; return those of the two weights, float64 [head_dim]."""
+    plan = _Plan(q_grad, k_grad, source, interleaved, None)
+    shape = (plan.grid[0], plan.groups, q.shape[-1])
+    weight_grad = (q.new_zeros if plan.empty else q.new_empty)(shape, dtype=torch.float32)
+    pairs = [*_both(q_grad, k_grad), *_both(q, k), *_both(q_out, k_out)]
+    plan.run(
+        kernels.norm_rotate_backward_kernel,
+        [*pairs, weight_grad, *_both(q_weight, k_weight), eps, offset, *plan.source, *plan.sizes],
+        [q_grad, k_grad, q, k, q_out, k_out],
+        TAIL=plan.tail, TAIL_BLOCK=triton.next_power_of_2(max(plan.tail, 1)),
+    )  # fmt: skip
+    of_q, of_k = weight_grad.tensor_split([plan.q_groups], dim=1)
+    return of_q.sum((0, 1), dtype=torch.float64), of_k.sum((0, 1), dtype=torch.float64)
+
+
+class _Plan:
+    """What all launches for q and k of these shapes have in common."""
+
+    def __init__(self, q: Tensor, k: Tensor | None, source: Source, interleaved: bool, launch: Launch | None) -> None:
+        batch, q_heads, seq, head_dim = q.shape
+        k_heads = k.shape[1] if k is not None else 0
+        half = source.second.shape[-1]
+        if launch is None and kernels.INTERPRETED:
+            launch = Launch(
+                min(256, triton.next_power_of_2(max(seq, 1))), 8, 4
+            )  # its time goes by programs, not by elements
+        if launch is None:
+            lanes = 64 if torch.version.hip else 32
+            heads = q_heads + k_heads
+            launch = TUNED.get(tuning_key(q, k, half)) or default_launch(batch, max(seq, 1), heads, half, lanes=lanes)
+        blocks = triton.cdiv(seq, launch.block_seq)
+        self.q_groups = triton.cdiv(q_heads, launch.heads)
+        self.groups = self.q_groups + triton.cdiv(k_heads, launch.heads)
+        self.grid = (batch * blocks, self.groups)
+        self.empty = 0 in (*self.grid, head_dim)
+        self.tail = head_dim - 2 * half
+        self.sizes = [seq, blocks, q_heads, k_heads, self.q_groups]
+        amplitude = source.amplitude if source.amplitude is not None else source.second
+        self.source = [source.first, source.second, amplitude, float(source.scale)]
+        first = source.first if source.table else source.first[..., None]
+        self.strides = [stride for x in (first, source.second, amplitude) for stride in _broadcast_strides(x)]
+        self.device = q.device
+        self.constants = {
+            "HALF": half,
+            "HALF_BLOCK": triton.next_power_of_2(half),
+            "BLOCK_SEQ": launch.block_seq,
+            "HEADS": launch.heads,
+            "TABLE": source.table,
+            "PER_TOKEN": source.second.shape[1] != 1,
+            "AMPLITUDE": source.amplitude is not None,
+            "INTERLEAVED": interleaved,
+            "num_warps": launch.num_warps,
+            "enable_fp_fusion": False,
+        }
+
+    def run(self, kernel: Any, arguments: list[Any], strided: list[Tensor | None], **constants: Any) -> None:
+        if self.empty:
+            return
+        strides: list[int] = []
+        for x in strided:
+            strides += x.stride() if x is not None else strides[-4:]
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            kernel[self.grid](*arguments, *strides, *self.strides, **self.constants, **constants)
+
+
+def _both(q: Any, k: Any) -> tuple[Any, Any]:
+    """A kernel without k has no program for it, but takes a pointer."""
+    return (q, k) if k is not None else (q, q)
+
+
+def _broadcast_strides(x: Tensor) -> list[int]:
+    return [stride if size != 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
