@@ -238,9 +238,9 @@ POSITIONS, INV_FREQ, _ = BASE["rotation"]
         ({"rotation": None}, r"rotation=None: must be a ropex\.Rotation; pass what a schedule's rotation"),
         ({"rotation": (POSITIONS, INV_FREQ, 1.0)}, r"must be a ropex\.Rotation"),
         ({"layout": "halves"}, r'layout=\'halves\': must be one of "half", "interleaved"'),
-        ({"order": "thd"}, r'order=\'thd\': must be one of "bhsd", "bshd"'),
+        ({"order": "sbhd"}, r'order=\'sbhd\': must be one of "bhsd", "bshd", "thd"'),
         ({"angles": "float64"}, r'angles=\'float64\': must be one of "exact", "float32"'),
-        ({"backend": "cuda"}, r'backend=\'cuda\': must be one of "auto", "reference"'),
+        ({"backend": "cuda"}, r'backend=\'cuda\': must be one of "auto", "reference", "compiled", "triton"'),
         (
             {"q": torch.zeros(2, 4, 9, 64, dtype=torch.int64)},
             r"q int64 \[2, 4, 9, 64\]: must be a floating-point \[batch",
@@ -257,9 +257,9 @@ POSITIONS, INV_FREQ, _ = BASE["rotation"]
             r"positions on cpu, amplitude on meta: must be on one device",
         ),
         ({"k": torch.zeros(2, 2, 8, 64)}, r"k .* with a rotation of \[1, 9\]"),
-        ({"k": torch.zeros(2, 2, 9, 80)}, r"q .* and k .*: must agree in dtype, batch and head_dim"),
+        ({"k": torch.zeros(2, 2, 9, 80)}, r"q .* and k .*: must agree in dtype, batch, seq and head_dim"),
         ({"k": torch.zeros(2, 2, 9, 64, dtype=torch.float16)}, r"q .* and k float16 .*: must agree in dtype"),
-        ({"k": torch.zeros(1, 2, 9, 64)}, r"must agree in dtype, batch and head_dim"),
+        ({"k": torch.zeros(1, 2, 9, 64)}, r"must agree in dtype, batch, seq and head_dim"),
         ({"k": torch.zeros(2, 2, 9, 64, device="meta")}, r"k on meta, rotation on cpu: must be on one device"),
         ({"rotation": ropex.Rotation(POSITIONS.double(), INV_FREQ)}, r"positions float64 \[1, 9\]: must be int64"),
         ({"rotation": ropex.Rotation(POSITIONS[0], INV_FREQ)}, r"positions int64 \[9\]: must be int64 \[batch, seq\]"),
@@ -271,7 +271,7 @@ POSITIONS, INV_FREQ, _ = BASE["rotation"]
         ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ.long())}, r"inv_freq int64 \[32\]: must be a floating-point"),
         ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ.expand(1, 5, 32))}, r"inv_freq float64 \[1, 5, 32\]"),
         ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ.to("meta"))}, r"positions on cpu, inv_freq on meta"),
-        ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ, torch.ones(2))}, r"amplitude float32 \[2\]: must broadcast"),
+        ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ, torch.ones(2))}, r"amplitude float32 \[2\]: must be real and broadcast"),
     ],
 )
 def test_bad_calls(change: dict[str, Any], message: str) -> None:

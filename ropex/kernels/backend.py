@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from ropex.kernels import compiled
 
-__all__ = ["HAS_TRITON", "Backend", "choose_backend", "require_backend"]
+__all__ = ["BACKENDS", "Backend", "choose_backend", "require_backend", "resolve_backend"]
 
 Backend = Literal["auto", "reference", "compiled", "triton"]
 BACKENDS = get_args(Backend)
@@ -21,7 +23,7 @@ LARGE = 2**23
 
 
 def choose_backend(
-    device: str, dtype: torch.dtype, elements: int, *, triton: bool, compiler: bool, tracing: bool
+    device: str, dtype: torch.dtype, elements: int, *, triton: bool, compiler: bool, tracing: bool, transformed: bool
 ) -> Backend:
     """What `backend="auto"` means: a function of its arguments and of nothing else.
 
@@ -32,11 +34,13 @@ def choose_backend(
         triton: whether Triton is installed.
         compiler: whether torch.compile can make code for the CPU.
         tracing: whether torch.compile or torch.export is looking, which fuses the reference by itself.
+        transformed: whether a transform of torch.func is at work, which the reference alone follows everywhere.
 
     Returns:
-        `triton` on a GPU, `compiled` for large tensors on a CPU, `reference` otherwise and for float64 everywhere.
+        `triton` on a GPU and `compiled` for large tensors on a CPU; `reference` otherwise, and always for float64 and
+        under torch.func.
     """
-    if dtype == torch.float64:
+    if dtype == torch.float64 or transformed:
         return "reference"
     if device == "cuda" and triton:
         return "triton"
@@ -64,6 +68,28 @@ def require_backend(backend: str, device: torch.device, dtype: torch.dtype) -> N
             f'backend="triton" on {device}: needs Triton and a GPU; pass backend="auto", or, to run the interpreter on '
             "the CPU, set TRITON_INTERPRET=1 before the first rotation"
         )
+
+
+def resolve_backend(backend: str, tensors: Sequence[Tensor]) -> str:
+    """The backend that runs: the named one, or for `auto` what `choose_backend` says of q and k.
+
+    Raises:
+        ValueError: the named backend cannot run here.
+    """
+    q = tensors[0]
+    require_backend(backend, q.device, q.dtype)
+    if backend != "auto":
+        return backend
+    tracing = torch.compiler.is_compiling()
+    return choose_backend(
+        q.device.type,
+        q.dtype,
+        sum(x.numel() for x in tensors),
+        triton=HAS_TRITON,
+        compiler=compiled.HAS_COMPILER,
+        tracing=tracing,
+        transformed=not tracing and torch._C._are_functorch_transforms_active(),
+    )
 
 
 def _interprets(device: torch.device) -> bool:

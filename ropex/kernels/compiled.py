@@ -52,11 +52,15 @@ def rotate(
     if conjugate:
         sin = -sin
     for x, out in pairs:
+        # The compiler would take a number and its rounding for one and find nothing left: the parts are made here.
+        whole = torch.empty_like(x, dtype=dtype) if split else out
         sizes = (x.shape[0] == 1, x.shape[1], x.shape[-1], cos.shape[-1])
-        options = (x.dtype, out.dtype, dtype, interleaved, split, x is out)
-        turn = _compiled(_turn, *sizes, *options, _order(x), _order(out))
-        x, out = (x.detach(), out) if x is not out else (out, out)
-        turn(x, cos, sin, out, interleaved, split)
+        options = (x.dtype, whole.dtype, dtype, interleaved, x is whole)
+        turn = _compiled(_turn, *sizes, *options, _order(x), _order(whole))
+        turn(whole if x is whole else x.detach(), cos, sin, whole, interleaved)
+        if split:
+            out[0] = whole
+            out[1] = whole - out[0]
 
 
 def _tables(
@@ -65,22 +69,18 @@ def _tables(
     return Source(first, second, amplitude, scale).tables(dtype)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool, split: bool) -> None:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool) -> None:
     cos, sin = cos[:, None], sin[:, None]
     half = cos.shape[-1]
-    turning, rest = x[..., : 2 * half].to(cos.dtype), x[..., 2 * half :]
+    turning = x[..., : 2 * half].to(cos.dtype)
     if interleaved:
         first, second = turning[..., 0::2], turning[..., 1::2]
         turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
     else:
         both = turning.unflatten(-1, (2, half))
         turned = (both * cos.unsqueeze(-2) + both.flip(-2) * torch.stack((-sin, sin), dim=-2)).flatten(-2)
-    high = out[0] if split else out
-    high[..., : 2 * half].copy_(turned)
-    high[..., 2 * half :].copy_(rest)
-    if split:
-        out[1, ..., : 2 * half].copy_(turned - turned.to(out.dtype).to(turned.dtype))
-        out[1, ..., 2 * half :].copy_(rest - rest.to(out.dtype).to(rest.dtype))
+    out[..., 2 * half :].copy_(x[..., 2 * half :])
+    out[..., : 2 * half].copy_(turned)
 
 
 # torch.compile keeps few variants of one code object, and falls back to eager beyond; each key has a code of its own.

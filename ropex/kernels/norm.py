@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ropex._checks import describe, require_choice, require_number
 from ropex.kernels import checks, reference
-from ropex.kernels.backend import HAS_TRITON, choose_backend, require_backend
+from ropex.kernels.backend import resolve_backend
 from ropex.kernels.rotate import LAYOUTS, ORDERS, Angles, Layout, Order, from_heads, operators, source_of, to_heads
 from ropex.rotation import Rotation
 
@@ -93,15 +93,10 @@ def norm_rotate(
             raise ValueError(f"{name}={'given' if x is None else None}: a weight goes with each of q and k; pass both")
         if x is not None and weight is not None:
             _check_weight(name, x, weight)
-    require_backend(backend, device, q.dtype)
-    if backend == "auto":
-        elements = q.numel() + (k.numel() if k is not None else 0)
-        chosen = choose_backend(device.type, q.dtype, elements, triton=HAS_TRITON, compiler=False, tracing=False)
-    else:
-        chosen = backend
     dtype = q.dtype if out_dtype is None else out_dtype
     interleaved = layout == "interleaved"
     pairs = [(to_heads(x, order), w) for x, w in ((q, q_weight), (k, k_weight)) if x is not None and w is not None]
+    chosen = resolve_backend(backend, [x for x, _ in pairs])
     if chosen == "triton":
         (q, q_weight), (k, k_weight) = pairs[0], pairs[1] if len(pairs) == 2 else (None, None)
         outputs = operators().norm_rotate(q, k, q_weight, k_weight, *source, eps, offset, interleaved, dtype)

@@ -155,7 +155,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     """
     q, k, first, second, amplitude, *options = inputs
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.dtype = options, q.dtype
+    ctx.options, ctx.dtype, ctx.number = options, q.dtype, 1 if k is None else 2
     split = options[-2]
     ctx.angles = any(ctx.needs_input_grad[2:5])
     ctx.of_outputs = not (options[1] or split or ctx.needs_input_grad[4])
@@ -167,7 +167,7 @@ def _turn_back(ctx: Any, *output_grads: Tensor | None) -> tuple[Any, ...]:
     scale, table, conjugate, interleaved, _, split, backend = ctx.options
     first, second, amplitude, *saved = ctx.saved_tensors
     grads: list[Any] = [None] * 12
-    present = [index for index, grad in enumerate(output_grads) if grad is not None]
+    present = [index for index, grad in enumerate(output_grads[: ctx.number]) if grad is not None]
     if not present:
         return tuple(grads)
     given: list[Any] = [output_grads[index] for index in present]

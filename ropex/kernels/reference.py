@@ -65,7 +65,7 @@ def rotate_one(
     half = cos.shape[-1]
     wide = x.to(cos.dtype)
     turning, rest = wide[..., : 2 * half], wide[..., 2 * half :]
-    first, second = (turning[..., 0::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
+    first, second = _pairs(turning, interleaved)
     parts = [first * cos - second * sin, second * cos + first * sin]
     if split:
         highs = [part.to(dtype) for part in (*parts, rest)]
@@ -86,10 +86,7 @@ def norm_one(x: Tensor, weight: Tensor, *, eps: float, offset: float) -> Tensor:
 def angle_gradients(x: Tensor, grad: Tensor, half: int, *, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Sums over heads, [batch, seq, half], of `x0 g0 + x1 g1` and `x0 g1 - x1 g0`, in the wider of the dtypes."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
-    (x0, x1), (g0, g1) = (
-        (t[..., 0 : 2 * half : 2], t[..., 1 : 2 * half : 2]) if interleaved else t[..., : 2 * half].chunk(2, dim=-1)
-        for t in (x.to(dtype), grad.to(dtype))
-    )
+    (x0, x1), (g0, g1) = (_pairs(t[..., : 2 * half].to(dtype), interleaved) for t in (x, grad))
     return (x0 * g0 + x1 * g1).sum(1), (x0 * g1 - x1 * g0).sum(1)
 
 
@@ -122,6 +119,11 @@ def source_gradients(
             amplitude_grad = amplitude_grad.sum_to_size(source.amplitude.shape).to(source.amplitude.dtype)
     frequency_grad = (source.first[..., None] * angle_grad).sum_to_size(source.second.shape)
     return None, frequency_grad.to(source.second.dtype), amplitude_grad
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    half = x.shape[-1] // 2
+    return (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
 
 
 def _joined(parts: list[Tensor], interleaved: bool) -> Tensor:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ropex._checks import require_choice
 from ropex.kernels import checks, reference
-from ropex.kernels.backend import BACKENDS, HAS_TRITON, Backend, choose_backend, require_backend
-from ropex.kernels.compiled import HAS_COMPILER
+from ropex.kernels.backend import BACKENDS, Backend, resolve_backend
 from ropex.kernels.reference import Source
 from ropex.rotation import Rotation
 
@@ -235,30 +234,23 @@ def _rotate(
         source = _packed(source, cu_seqlens, q.shape[0])
     if inplace:
         checks.check_in_place(q, k)
-    require_backend(backend, device, q.dtype)
-    if backend == "auto":
-        backend = choose_backend(
-            device.type,
-            q.dtype,
-            q.numel() + (k.numel() if k is not None else 0),
-            triton=HAS_TRITON,
-            compiler=HAS_COMPILER,
-            tracing=torch.compiler.is_compiling(),
-        )
     dtype = q.dtype if out_dtype is None else out_dtype
     interleaved = layout == "interleaved"
     inputs = [to_heads(x, order) for x in (q, k) if x is not None]
+    chosen = resolve_backend(backend, inputs)
     recorded = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, source.first, source.second, source.amplitude)
     )
-    if inplace and not recorded and backend != "reference":
-        operators().rotate_(*_two(inputs), *source, False, interleaved, backend)
+    if inplace and not recorded and chosen != "reference":
+        operators().rotate_(*_two(inputs), *source, False, interleaved, chosen)
         return q if k is None else (q, k)
-    if backend == "reference":
+    if inplace and recorded:
+        inputs = [x.clone() for x in inputs]  # what autograd keeps of them must not be overwritten
+    if chosen == "reference":
         cos, sin = source.tables(torch.promote_types(q.dtype, torch.float32))
         outputs = [reference.rotate_one(x, cos, sin, interleaved=interleaved, dtype=dtype, split=split) for x in inputs]
     else:
-        outputs = operators().rotate(*_two(inputs), *source, False, interleaved, dtype, split, backend)
+        outputs = operators().rotate(*_two(inputs), *source, False, interleaved, dtype, split, chosen)
     outputs = [from_heads(x, order) for x in outputs[: len(inputs)]]
     if inplace:
         outputs = [x.copy_(out) for x, out in zip((q, k), outputs, strict=False) if x is not None]
