@@ -5,7 +5,7 @@ be used alone: schedules (`ropex.schedule`), the rotation (`ropex.rotate`), a mo
 measuring (`ropex.evaluation`).
 """
 
-from ropex import draws, evaluation, kernels, scaling
+from ropex import draws, evaluation, kernels, precision, scaling
 from ropex._version import __version__ as __version__
 from ropex.kernels import rotate
 from ropex.patching import Inspection, Patch, UnsupportedModelError, inspect, patch, unpatch
@@ -28,6 +28,7 @@ __all__ = [
     "kernels",
     "methods",
     "patch",
+    "precision",
     "rotate",
     "scaling",
     "schedule",

@@ -271,7 +271,10 @@ POSITIONS, INV_FREQ, _ = BASE["rotation"]
         ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ.long())}, r"inv_freq int64 \[32\]: must be a floating-point"),
         ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ.expand(1, 5, 32))}, r"inv_freq float64 \[1, 5, 32\]"),
         ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ.to("meta"))}, r"positions on cpu, inv_freq on meta"),
-        ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ, torch.ones(2))}, r"amplitude float32 \[2\]: must be real and broadcast"),
+        (
+            {"rotation": ropex.Rotation(POSITIONS, INV_FREQ, torch.ones(2))},
+            r"amplitude float32 \[2\]: must be real and broadcast",
+        ),
     ],
 )
 def test_bad_calls(change: dict[str, Any], message: str) -> None:

@@ -29,6 +29,7 @@ LAYERS = {
     "draws": 0,
     "scaling": 1,
     "kernels": 1,
+    "precision": 2,
     "rotary": 2,
     "patching": 3,
     "evaluation": 4,

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ropex.kernels import reference
 from ropex.kernels.reference import Source
 
-__all__ = ["HAS_COMPILER", "rotate"]
+__all__ = ["HAS_COMPILER", "angle_gradients", "rotate"]
 
 
 def _has_compiler() -> bool:
@@ -61,6 +62,19 @@ def rotate(
         if split:
             out[0] = whole
             out[1] = whole - out[0]
+
+
+@torch.no_grad()
+def angle_gradients(x: Tensor, grad: Tensor, half: int, *, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """`reference.angle_gradients` in one pass."""
+    sizes = (x.shape[0] == 1, x.shape[1], x.shape[-1], half)
+    make = _compiled(_angle_gradients, *sizes, x.dtype, grad.dtype, interleaved, _order(x), _order(grad))
+    along, across = make(x.detach(), grad.detach(), half, interleaved)
+    return along, across
+
+
+def _angle_gradients(x: Tensor, grad: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return reference.angle_gradients(x, grad, half, interleaved=interleaved)
 
 
 def _tables(

@@ -131,21 +131,24 @@ def _rotate_backward(
     else:
         options: dict[str, Any] = {"conjugate": not conjugate, "interleaved": interleaved, "split": False}
         _run(q_grad, k_grad, *outputs, source, backend, in_place=False, **options)
-        along, across = _sums([(q, q_grad), (k, k_grad)], second.shape[-1], interleaved)
+        along, across = _sums(compiled.angle_gradients, [(q, q_grad), (k, k_grad)], second.shape[-1], interleaved)
     return *_filled(*outputs), along if need_along else across.new_empty(0), across
 
 
 def _sums(
-    pairs: list[tuple[Tensor, Tensor] | tuple[Tensor | None, Tensor | None]], half: int, interleaved: bool
+    angle_gradients: Callable[..., tuple[Tensor, Tensor]],
+    pairs: list[tuple[Tensor | None, Tensor | None]],
+    half: int,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     """`reference.angle_gradients` over q and k, in float64."""
     sums = [
-        torch.stack(reference.angle_gradients(x, grad, half, interleaved=interleaved)).to(torch.float64)
+        angle_gradients(x, grad, half, interleaved=interleaved)
         for x, grad in pairs
         if x is not None and grad is not None
     ]
-    along, across = sum(sums[1:], start=sums[0])
-    return along.clone(), across.clone()  # an operator's results may not share memory
+    along, across = (torch.stack(parts).sum(0, dtype=torch.float64) for parts in zip(*sums, strict=True))
+    return along, across
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -295,7 +298,9 @@ def _turn_norm_back(ctx: Any, q_grad: Tensor | None, k_grad: Tensor | None) -> t
         if not ctx.of_outputs:
             q_out = reference.norm_one(q, q_weight, eps=eps, offset=offset)
             k_out = reference.norm_one(k, k_weight, eps=eps, offset=offset) if k is not None else None
-        along, across = _sums([(q_out, q_grad), (k_out, k_grad)], second.shape[-1], interleaved)
+        along, across = _sums(
+            reference.angle_gradients, [(q_out, q_grad), (k_out, k_grad)], second.shape[-1], interleaved
+        )
         grads[4:7] = reference.source_gradients(source, along, across, of_outputs=ctx.of_outputs, conjugate=False)
     return tuple(grads)
 
