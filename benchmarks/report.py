@@ -1,4 +1,4 @@
-"""Write the tables of docs/results.md and README.md from the JSON in benchmarks/results.
+"""Write the tables of docs/results.md, docs/numerics.md and README.md from the JSON in benchmarks/results.
 
     python -m benchmarks.report [--check]
 
@@ -16,7 +16,8 @@ from benchmarks import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 README = Path(__file__).parents[1] / "README.md"
-START, END = "<!-- perplexity, by benchmarks/report.py -->", "<!-- end -->"
+NUMERICS = PAGE.with_name("numerics.md")
+END = "<!-- end -->"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -94,25 +95,107 @@ quartiles, of wall-clock and of processor time. The last column, unpatched over 
 """
 
 
-def angles() -> str:
-    result = load("angles.json")
+def angles_table() -> str:
+    result = load("precision.json")
     rows = [
         [
             f"{row['base']:g}",
             f"{row['length']:,}",
-            *(f"{row['largest_error'][kind]:.1e}" for kind in ("exact", "float32")),
+            *(f"{row[kind][error]:.1e}" for kind in ("exact", "float32") for error in ("largest", "rms")),
         ]
-        for row in result["rows"]
+        for row in result["angles"]
     ]
-    return f"""## Angles
+    header = ["base", "just below", "exact, largest", "rms", "float32, largest", "rms"]
+    return f"""Errors of cos and sin against 200-bit arithmetic; rotary dimension 128, the model's float32 frequencies
+taken as exact:
 
-Largest absolute error of cos and sin just below a length, against 200-bit arithmetic; rotary dimension 128, the model's
-float32 frequencies taken as exact. `exact` is what a patch uses, `float32` is transformers' arithmetic.
-
-{table(["base", "length", "exact", "float32"], rows)}
-
-`python -m benchmarks.angles` ([JSON](../benchmarks/results/angles.json)). {environment(result)}
+{table(header, rows)}
 """
+
+
+def ladder_table() -> str:
+    result = load("precision.json")
+    found = {(row["base"], row["rung"], row["shift"]): row["rms"] for row in result["ladder"]}
+    bases, rungs, shifts = (list(dict.fromkeys(key[axis] for key in found)) for axis in range(3))
+    rows = [
+        [f"{base:g}", rung, *(f"{found[base, rung, shift]:.1e}" for shift in shifts)]
+        for base in bases
+        for rung in rungs
+    ]
+    return f"""Root mean square of the change of logits; q and k of unit variance with 128 channels,
+{result["pairs"]:,} pairs at distances below {result["reach"]:,}, moved by
+
+{table(["base", "rung", *(f"{shift:,}" for shift in shifts)], rows)}
+
+`bfloat16 arithmetic` is what transformers does in a bfloat16 model. The others have exact angles and float32
+arithmetic, and are named by what q and k are kept in.
+"""
+
+
+def model_table() -> str:
+    result = load("precision.json")
+    found = result["model"]
+    rows = [[row["rung"], f"{row['d']:.4f}", f"{row['d_logit']:.2e}"] for row in found["rungs"]]
+    return f"""{found["model"]}, {found["tokens"]} tokens moved by {found["shift"]}; each of {found["layers"]} layers
+with its own q and k:
+
+{table(["rung", "D", "D_logit"], rows)}
+
+`python -m benchmarks.precision` ([JSON](../benchmarks/results/precision.json)). {environment(result)}
+"""
+
+
+def speed() -> str:
+    found = [load(path.name) for path in sorted(RESULTS.glob("speed_*.json"))]
+    return "\n".join(speed_on(result) for result in found)
+
+
+def speed_on(result: dict[str, Any]) -> str:
+    device = result["environment"]["device"]
+    names = list(dict.fromkeys(row["contender"] for row in result["rows"] if row["contender"] != "copy"))
+    places = list(
+        dict.fromkeys(
+            (row["dtype"], row["layout"], row["backward"], row["batch"], row["tokens"]) for row in result["rows"]
+        )
+    )
+    cells = {
+        (row["contender"], row["dtype"], row["layout"], row["backward"], row["batch"], row["tokens"]): row
+        for row in result["rows"]
+    }
+    rows = []
+    for place in sorted(places, key=lambda place: place[:3]):
+        dtype, layout, backward, batch, tokens = place
+        line = [
+            dtype,
+            layout,
+            "backward" if backward else "forward",
+            f"{batch} x {tokens:,}" if batch > 1 else f"{tokens:,}",
+        ]
+        rows.append([*line, *(speed_cell(cells.get((name, *place))) for name in names)])
+    rounds = "" if device == "cuda" else f" of {result['rounds']} rounds, in which all take turns"
+    clock = "in microseconds, the L2 cache flushed, and over" if device == "cuda" else "over"
+    return f"""### On {result["environment"].get("gpu") or "a CPU"}
+
+Time {clock} that of a copy of the same bytes, q with {result["q_heads"]} heads and k with {result["k_heads"]} of
+{result["head_dim"]} channels: medians{rounds}. Each was right before it was timed. "angles inside" makes cos and sin in
+each call, "table" is given them in float32, as a model's layers are; "with the frequencies' gradient" is the backward
+pass that also gives d inv_freq.
+
+{table(["dtype", "layout", "pass", "tokens", *names], rows)}
+
+![time over a copy](../benchmarks/results/speed_{device}.png)
+
+`python -m benchmarks.speed --device {device}` ([JSON](../benchmarks/results/speed_{device}.json)); allocator
+`{result["environment"]["allocator"]}`. {environment(result)}
+"""
+
+
+def speed_cell(row: dict[str, Any] | None) -> str:
+    if row is None or "over_copy" not in row:
+        return "wrong" if row else ""
+    if isinstance(row["over_copy"], dict):
+        return f"{row['over_copy']['median']:.2f}"
+    return f"{1e6 * row['seconds']['median']:.1f} ({row['over_copy']:.2f})"
 
 
 def clex_cost() -> str:
@@ -146,21 +229,35 @@ In a training step of {result["training"]["model"]} on {result["training"]["toke
 
 def page() -> str:
     head = "# Results\n\nMade from the JSON in `benchmarks/results` by `python -m benchmarks.report`.\n"
-    return "\n".join((head, perplexity(), angles(), patch_overhead(), clex_cost()))
+    rotation = "## What a rotation costs\n\n" + speed()
+    return "\n".join((head, perplexity(), rotation, patch_overhead(), clex_cost()))
 
 
-def readme() -> str:
-    """The README with the perplexity table between its two markers."""
-    before, _, rest = README.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{perplexity_table()}\n{END}{after}"
+def filled(path: Path, **tables: str) -> str:
+    """A page with its tables, each between the marker that names it and the next end."""
+    text = path.read_text(encoding="utf-8")
+    for name, content in tables.items():
+        start = f"<!-- {name}, by benchmarks/report.py -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(END)
+        text = f"{before}{start}\n{content}\n{END}{after}"
+    return text
+
+
+def pages() -> dict[Path, str]:
+    """What the pages with results must say."""
+    return {
+        PAGE: page(),
+        README: filled(README, perplexity=perplexity_table()),
+        NUMERICS: filled(NUMERICS, angles=angles_table(), ladder=ladder_table(), model=model_table()),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    for path, text in ((PAGE, page()), (README, readme())):
+    for path, text in pages().items():
         if not check:
             path.write_text(text, encoding="utf-8")
         elif path.read_text(encoding="utf-8") != text:

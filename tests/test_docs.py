@@ -25,8 +25,8 @@ def code_blocks(page: Path) -> list[str]:
 
 
 def test_tables_are_those_of_the_results() -> None:
-    assert report.PAGE.read_text() == report.page(), "run `python -m benchmarks.report`"
-    assert report.README.read_text() == report.readme(), "run `python -m benchmarks.report`"
+    for path, text in report.pages().items():
+        assert path.read_text() == text, "run `python -m benchmarks.report`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -49,6 +49,12 @@ def test_the_schedule_of_the_extending_page_works(tmp_path: Path, monkeypatch: p
     schedule = importlib.import_module("extending_page").SlowHalf(factor=2)
     with ropex.patch(tiny_model("llama"), schedule) as patch:
         assert patch.model.config.max_position_embeddings == 2 * TRAINED_LENGTH
+
+
+def test_the_examples_of_the_kernels_page_run() -> None:
+    names: dict[str, object] = {}
+    for block in code_blocks(REPOSITORY / "docs" / "kernels.md"):
+        exec(compile(block, "kernels.md", "exec"), names)
 
 
 @pytest.mark.parametrize("page", METHOD_PAGES, ids=lambda page: page.stem)

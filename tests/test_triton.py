@@ -211,6 +211,7 @@ def wide_of(q: Tensor, rotation: ropex.Rotation) -> Tensor:
 def test_one_definition_of_the_angles(device: str) -> None:
     """The kernel's cos and sin are the table's bits: it turns (1, 0) onto them."""
     rotation = rotation_of(1, 500, 64, device)._replace(amplitude=1.0)
+    rotation = rotation._replace(positions=torch.randint(-(2**45), 2**45, (1, 500), device=device))
     x = torch.cat((torch.ones(1, 1, 500, 64), torch.zeros(1, 1, 500, 64)), -1).to(device)
     turned = ropex.rotate(x, rotation=rotation, backend="triton")[0, 0]
     cos, sin = table(rotation)
@@ -353,6 +354,26 @@ def test_norm_of_q_alone_in_bfloat16_with_learned_amplitude(device: str) -> None
     for got, want in zip(results["triton"], results["reference"], strict=True):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, rtol=2**-7 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lanes", [32, 64])
+@pytest.mark.parametrize("half", [1, 16, 40, 64, 128])
+@pytest.mark.parametrize("heads", [1, 9, 40])
+def test_the_default_launch(lanes: int, half: int, heads: int) -> None:
+    """Long inputs: four warps with eight neighbouring pairs per thread. A decoding step: small programs, and many."""
+    from ropex.kernels.triton_launch import default_launch
+
+    half_block = 1 << (half - 1).bit_length()
+    long = default_launch(1, 2**20, heads, half, lanes=lanes)
+    assert long.num_warps == 4
+    assert long.block_seq * half_block == 8 * 4 * lanes
+    assert long.heads == 8
+    decoding = default_launch(64, 1, heads, half, lanes=lanes)
+    assert (decoding.block_seq, decoding.heads, decoding.num_warps) == (1, 1, 1)
+    for batch, seq in ((1, 1), (7, 33), (256, 1), (1, 4096)):
+        launch = default_launch(batch, seq, heads, half, lanes=lanes)
+        assert launch.num_warps in (1, 2, 4)
+        assert launch.block_seq <= max(1, 2 * seq - 1)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ BACKENDS = get_args(Backend)
 
 # Elements of q and k together from which the compiled form pays on a CPU: it saves milliseconds per call and costs
 # seconds once.
-LARGE = 2**23
+LARGE = 2**22
 
 
 def choose_backend(
