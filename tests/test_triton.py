@@ -364,7 +364,7 @@ def test_the_default_launch(lanes: int, half: int, heads: int) -> None:
     from ropex.kernels.triton_launch import default_launch
 
     half_block = 1 << (half - 1).bit_length()
-    long = default_launch(1, 2**20, heads, half, lanes=lanes)
+    long = default_launch(1, 2**24, heads, half, lanes=lanes)
     assert long.num_warps == 4
     assert long.block_seq * half_block == 8 * 4 * lanes
     assert long.heads == 8
