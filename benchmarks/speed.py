@@ -233,7 +233,7 @@ def middle(value: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--tokens", type=int, nargs="+", help="default: 1 to 16384 on a CPU, to 131072 on a GPU")
+    parser.add_argument("--tokens", type=int, nargs="+", help="default: 1 to 8192 on a CPU, to 131072 on a GPU")
     parser.add_argument("--rounds", type=int, default=15, help="on a CPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -243,7 +243,7 @@ def main() -> None:
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]])
     torch.set_num_threads(arguments.threads)
-    tokens = arguments.tokens or [1, 128, 1024, 4096, *([16_384] if device == "cpu" else [32_768, 131_072])]
+    tokens = arguments.tokens or [1, 128, 1024, 4096, *([8192] if device == "cpu" else [32_768, 131_072])]
     settings = [
         Setting(64 if number == 1 else 1, number, dtype, layout, backward)
         for number in tokens

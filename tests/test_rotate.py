@@ -148,6 +148,10 @@ def test_float32_angles_are_transformers_bit_for_bit() -> None:
     assert torch.equal(torch.cat((half_sin, half_sin), -1), sin)
     for got, want in zip(ropex.rotate(q, k, rotation, angles="float32"), apply_half(q, k, cos, sin), strict=True):
         assert torch.equal(got, want)
+    # The Triton kernel is given the same angles, and fuses multiply and add.
+    short = ropex.Rotation(rotation.positions[:, -99:], rotation.inv_freq)
+    fused = ropex.rotate(q[:, :, -99:], rotation=short, angles="float32", backend="triton")
+    assert (fused - apply_half(q, k, cos, sin)[0][:, :, -99:]).abs().max() < ROTATION_ERROR
     wide_q, wide_k = torch.randn(2, 4, seq, 80), torch.randn(2, 4, seq, 80)
     for got, want in zip(
         ropex.rotate(wide_q, wide_k, rotation, angles="float32"), apply_partial(wide_q, wide_k, cos, sin), strict=True

@@ -82,7 +82,7 @@ def norm_rotate(
     require_choice("layout", layout, LAYOUTS)
     require_choice("order", order, ORDERS)
     require_choice("backend", backend, ("auto", "reference", "triton"))
-    source, rows = source_of(rotation, angles, q)
+    source, rows = source_of(rotation, angles)
     half, device = source.second.shape[-1], source.first.device
     checks.check_heads(q, k, order, rows, half, device, False)
     checks.check_output(out_dtype, inplace=False, split=False, dtype=q.dtype)

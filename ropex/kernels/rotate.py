@@ -115,7 +115,7 @@ def rotate(
 
     Reference: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv:2104.09864, eq. 34.
     """
-    source, rows = source_of(rotation, angles, q)
+    source, rows = source_of(rotation, angles)
     return _rotate(
         q, k, source, rows,
         layout=layout, order=order, rotary_dim=rotary_dim, cu_seqlens=cu_seqlens,
@@ -173,13 +173,13 @@ def rotate_with_table(
 
 def table(rotation: Rotation, *, angles: Angles = "exact", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Cos and sin of a rotation's angles, times its amplitude: two tensors [batch, seq, half] in `dtype`."""
-    source, _ = source_of(rotation, angles, torch.empty(0, dtype=dtype, device="meta"))
+    source, _ = source_of(rotation, angles)
     cos, sin = source.tables(dtype)
     return cos, sin
 
 
-def source_of(rotation: Rotation | None, angles: str, q: Tensor) -> tuple[Source, tuple[int, int]]:
-    """The rotation as the backends take it, for q, and its [batch, seq].
+def source_of(rotation: Rotation | None, angles: str) -> tuple[Source, tuple[int, int]]:
+    """The rotation as the backends take it, and its [batch, seq].
 
     float32 angles become a table here, by PyTorch's own cos and sin, so that no backend's are other bits.
     """
@@ -200,10 +200,8 @@ def source_of(rotation: Rotation | None, angles: str, q: Tensor) -> tuple[Source
     if angles == "float32":
         # transformers' arithmetic, operation by operation: the product is rounded to float32 before the reduction.
         angle = positions[..., None].to(torch.float32) * inv_freq.to(torch.float32)
-        double = isinstance(q, Tensor) and q.dtype == torch.float64
-        dtype = torch.float64 if double else torch.float32
-        factor = scale if factors is None else factors.to(dtype)
-        source = Source(angle.cos().to(dtype) * factor, angle.sin().to(dtype) * factor, table=True)
+        factor = scale if factors is None else factors.to(torch.float32)
+        source = Source(angle.cos() * factor, angle.sin() * factor, table=True)
     return source, rows
 
 

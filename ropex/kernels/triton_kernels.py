@@ -43,6 +43,9 @@ INTERPRETED = not isinstance(fixed_frequency, triton.JITFunction)
 # It cuts a float32 to bfloat16 where hardware rounds.
 _ROUNDS_IN_SOFTWARE = tl.constexpr(INTERPRETED)
 
+# A kernel must not be compiled anew because a text has a multiple of 16 tokens.
+_SIZES = ("batches", "seq", "blocks", "q_heads", "k_heads", "q_groups")
+
 
 @triton.jit
 def _rounded(x, dtype: tl.constexpr):
@@ -180,7 +183,7 @@ def _choose(of_q, q, k, batch, head, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d):
     return x, stride_h, tl.where(of_q, q_s, k_s), tl.where(of_q, q_d, k_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def rotate_kernel(
     q, k, q_out, k_out, q_low, k_low, first, second, amplitude, scale, seq, blocks, q_heads, k_heads, q_groups,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, q_out_b, q_out_h, q_out_s, q_out_d, k_out_b, k_out_h, k_out_s, k_out_d,
@@ -213,7 +216,7 @@ def rotate_kernel(
         out += out_h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def rotate_backward_kernel(
     q_grad, k_grad, q, k, q_out, k_out, along, across,
     first, second, amplitude, scale, batches, seq, blocks, q_heads, k_heads, q_groups,
@@ -285,7 +288,7 @@ def _load_weight_tail(weight, offset, HALF: tl.constexpr, TAIL: tl.constexpr, TA
     return (tl.load(weight + 2 * HALF + channels, mask=channels < TAIL, other=0.0).to(tl.float32) + offset)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def norm_rotate_kernel(
     q, k, q_out, k_out, q_weight, k_weight, eps, offset,
     first, second, amplitude, scale, seq, blocks, q_heads, k_heads, q_groups,
@@ -325,7 +328,7 @@ def norm_rotate_kernel(
         out += out_h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def norm_rotate_backward_kernel(
     q_grad, k_grad, q, k, q_out, k_out, weight_grad, q_weight, k_weight, eps, offset,
     first, second, amplitude, scale, seq, blocks, q_heads, k_heads, q_groups,

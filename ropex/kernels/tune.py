@@ -34,7 +34,7 @@ def tune(
         raise ValueError(f"tune with q on {q.device}: launches are timed on a GPU; move q, k and the rotation there")
     from triton.testing import do_bench
 
-    source, _ = source_of(rotation, "exact", q)
+    source, _ = source_of(rotation, "exact")
     key = triton_launch.tuning_key(
         to_heads(q, order), to_heads(k, order) if k is not None else None, source.second.shape[-1]
     )
