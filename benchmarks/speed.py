@@ -63,11 +63,12 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(setting: Setting, device: str) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def heads(number: int) -> Tensor:
-        x = torch.randn(setting.batch, setting.tokens, number, HEAD_DIM, generator=generator).to(device, setting.dtype)
-        x = x.transpose(1, 2) if device != "cpu" else x.transpose(1, 2).contiguous()
+        shape = (setting.batch, setting.tokens, number, HEAD_DIM)
+        x = torch.randn(shape, generator=generator, device=device).to(setting.dtype).transpose(1, 2)
+        x = x if device != "cpu" else x.contiguous()
         return x.requires_grad_(setting.backward)
 
     positions = torch.arange(setting.tokens, device=device)[None]
