@@ -48,10 +48,10 @@ def rotate(
         cos, sin = source.tables(dtype)
     else:
         make = _compiled(_tables, dtype, second.dtype, second.shape[-1], second.shape[1] == 1, amplitude is not None)
-        cos, sin = make(first, second.detach(), amplitude.detach() if amplitude is not None else None, scale, dtype)
-    cos, sin = cos.detach(), sin.detach()
-    if conjugate:
-        sin = -sin
+        cos, sin = make(first, second.detach(), amplitude.detach() if amplitude is not None else None, dtype)
+        if scale != 1:  # a number is part of the code that torch.compile makes
+            cos, sin = cos * scale, sin * scale
+    cos, sin = cos.detach(), (-sin if conjugate else sin).detach()
     for x, out in pairs:
         # The compiler would take a number and its rounding for one and find nothing left: the parts are made here.
         whole = torch.empty_like(x, dtype=dtype) if split else out
@@ -77,10 +77,8 @@ def _angle_gradients(x: Tensor, grad: Tensor, half: int, interleaved: bool) -> t
     return reference.angle_gradients(x, grad, half, interleaved=interleaved)
 
 
-def _tables(
-    first: Tensor, second: Tensor, amplitude: Tensor | None, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return Source(first, second, amplitude, scale).tables(dtype)
+def _tables(first: Tensor, second: Tensor, amplitude: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return Source(first, second, amplitude).tables(dtype)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool) -> None:
