@@ -192,7 +192,7 @@ pass that also gives d inv_freq.
 
 def speed_cell(row: dict[str, Any] | None) -> str:
     if row is None or "over_copy" not in row:
-        return "wrong" if row else ""
+        return "" if row is None else "wrong" if "wrong" in row else "fails"
     if isinstance(row["over_copy"], dict):
         return f"{row['over_copy']['median']:.2f}"
     return f"{1e6 * row['seconds']['median']:.1f} ({row['over_copy']:.2f})"

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ropex.kernels import triton_kernels
-from ropex.kernels.triton_launch import default_launch
+from ropex.kernels.triton_launch import default_launch, widest_tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,6 +46,14 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         triton_kernels.rotate_backward_kernel,
         {**PLAIN, "TABLE": True, "CONJUGATE": True, "ALONG": True},
     ),
+    "any_stride": (triton_kernels.rotate_kernel, {**PLAIN, "CONJUGATE": False, "SPLIT": False, "UNIT": False}),
+    "partial": (triton_kernels.rotate_kernel, {**PLAIN, "CONJUGATE": False, "SPLIT": False, "HALF": 32, "TAIL": 192}),
+    "partial_gradient": (
+        triton_kernels.rotate_backward_kernel,
+        {**PLAIN, "CONJUGATE": True, "ALONG": False, "HALF": 32, "TAIL": 192},
+    ),
+    "partial_norm": (triton_kernels.norm_rotate_kernel, {**PLAIN, "HALF": 16, "TAIL": 112}),
+    "partial_norm_backward": (triton_kernels.norm_rotate_backward_kernel, {**PLAIN, "HALF": 16, "TAIL": 112}),
     "norm": (triton_kernels.norm_rotate_kernel, PLAIN),
     "norm_backward": (triton_kernels.norm_rotate_backward_kernel, PLAIN),
 }
@@ -60,13 +68,14 @@ FLOATS = ("scale", "eps", "offset")
 
 def compile_case(name: str, target: str) -> Any:
     kernel, options = CASES[name]
-    launch = default_launch(1, 131_072, HEADS, HALF, lanes=TARGETS[target].warp_size)
+    options = {"HALF": HALF, "TAIL": 0, "UNIT": True, **options}
+    half, tail, unit = options["HALF"], options["TAIL"], options.pop("UNIT")
+    pairs = widest_tile(half, tail, whole="norm" in name)
+    launch = default_launch(1, 131_072, HEADS, pairs, lanes=TARGETS[target].warp_size)
     constants = {
         **options,
-        "HALF": HALF,
-        "HALF_BLOCK": triton.next_power_of_2(HALF),
-        "TAIL": 0,
-        "TAIL_BLOCK": 1,
+        "HALF_BLOCK": triton.next_power_of_2(half),
+        "TAIL_BLOCK": triton.next_power_of_2(max(tail, 1)),
         "BLOCK_SEQ": launch.block_seq,
         "HEADS": launch.heads,
     }
@@ -80,7 +89,7 @@ def compile_case(name: str, target: str) -> Any:
             divisible[(index,)] = [["tt.divisibility", 16]]
         elif parameter in FLOATS:
             signature[parameter] = "fp32"
-        elif parameter.endswith("_d") or parameter in ("first_h", "second_h"):
+        elif unit and (parameter.endswith("_d") or parameter in ("first_h", "second_h")):
             signature[parameter], values[parameter] = "constexpr", 1  # as the launcher specialises a stride of 1
         else:
             signature[parameter] = "i32"

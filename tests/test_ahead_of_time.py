@@ -13,11 +13,19 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 KERNELS = [
-    "forward", "backward", "interleaved", "table", "per_token", "split",
-    "frequency_gradient", "table_gradient", "norm", "norm_backward",
+    "forward", "backward", "interleaved", "table", "per_token", "split", "any_stride", "partial",
+    "frequency_gradient", "table_gradient", "partial_gradient",
+    "norm", "norm_backward", "partial_norm", "partial_norm_backward",
 ]  # fmt: skip
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
-REGISTERS = {"frequency_gradient": 96, "table_gradient": 96, "norm": 96, "norm_backward": 128}
+REGISTERS = {
+    **dict.fromkeys(("frequency_gradient", "table_gradient", "partial_gradient"), 96),
+    **dict.fromkeys(("norm", "partial_norm"), 96),
+    **dict.fromkeys(("norm_backward", "partial_norm_backward"), 168),
+}
+# Channels whose neighbours are not neighbours in memory cannot be read together; and where few channels turn, those
+# that are copied set the size of the tiles.
+NARROW = ("any_stride", "partial", "partial_gradient", "partial_norm", "partial_norm_backward")
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +46,15 @@ def test_every_kernel_is_compiled_for_every_target(facts: dict[tuple[str, str], 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_what_the_compiler_made(kernel: str, target: str, facts: dict[tuple[str, str], dict[str, Any]]) -> None:
     found = facts[kernel, target]
-    assert found["spills"] == 0
+    # gfx942 keeps two of the many strides in vector registers, where none is known to be one.
+    assert found["spills"] <= (2 if (kernel, target) == ("any_stride", "gfx942") else 0)
     assert found["stack"] == 0
     assert 0 < found["registers"] <= REGISTERS.get(kernel, 64)
-    # Two loads and two stores of 128 bits are the two halves of a head, and no channel is read or written alone.
-    assert found["wide_loads"] >= 2
-    assert found["wide_stores"] >= 2
-    assert found["narrow_accesses"] == 0
+    if kernel not in NARROW:
+        # Two loads and two stores of 128 bits are the two halves of a head, and no channel is read or written alone.
+        assert found["wide_loads"] >= 2
+        assert found["wide_stores"] >= 2
+        assert found["narrow_accesses"] == 0
     assert found["bf16_arithmetic"] == 0
     assert found["multiplies_32_bit"] == 0
     assert found["multiplies_64_bit"] > 0

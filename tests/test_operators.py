@@ -267,16 +267,61 @@ def test_gradients_of_the_compiled_form() -> None:
 
 @pytest.mark.slow
 def test_the_compiled_form_is_never_left_for_eager() -> None:
-    """More shapes, layouts and dtypes than torch.compile keeps variants of one function."""
+    """More heads, lengths, batches, layouts and modes than torch.compile keeps variants of one function."""
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for heads, seq, layout in itertools.product((1, 2, 3), (5, 6, 7), ("half", "interleaved")):
-            q = torch.randn(2, heads, seq, 4)
-            rotation = rotation_of(seq, half=2)
-            got, want = (
-                ropex.rotate(q, rotation=rotation, layout=layout, backend=backend)
-                for backend in ("compiled", "reference")
-            )
-            assert torch.equal(got, want)
+        for heads, batch, seq in itertools.product((1, 2), (1, 2, 3), (1, 5, 6)):
+            for layout, rows in itertools.product(("half", "interleaved"), {1, batch}):
+                q = torch.randn(batch, heads, seq, 4)
+                rotation = rotation_of(seq, half=2, batch=rows)
+                results = []
+                for backend in ("compiled", "reference"):
+                    with torch.inference_mode(batch == 3):
+                        results.append(ropex.rotate(q, rotation=rotation, layout=layout, backend=backend))
+                assert torch.equal(*results)
+        inv_freq = rotation.inv_freq.requires_grad_()
+        q = torch.randn(3, 2, 6, 4, requires_grad=True)
+        ropex.rotate(q, rotation=rotation._replace(inv_freq=inv_freq), backend="compiled").sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch.func.jvp itself
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_is_refused_where_there_is_none(backend: Any) -> None:
+    """An operator that knows no tangents would drop them; the choice of `auto` does not."""
+    rotation = rotation_of()
+    q, _ = q_and_k()
+
+    def turn(q: Tensor, backend: Any) -> Tensor:
+        return ropex.rotate(q, rotation=rotation, backend=backend)
+
+    _, tangent = torch.func.jvp(lambda x: turn(x, "auto"), (q,), (torch.ones_like(q),))
+    assert (tangent - turn(torch.ones_like(q), "reference")).abs().max() <= ROTATION_ERROR
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        kept = torch.autograd.forward_ad.unpack_dual(turn(dual, "auto")).tangent
+        assert (kept - tangent).abs().max() <= ROTATION_ERROR
+        with pytest.raises(ValueError, match=r"in forward-mode differentiation: has a backward pass alone"):
+            turn(dual, backend)
+
+
+def test_what_torch_func_cannot_do_is_refused() -> None:
+    rotation = rotation_of(batch=1)
+    q = torch.randn(3, 1, 2, 9, 16)
+    weight = torch.ones(16)
+    with pytest.raises(ValueError, match=r"inplace=True under torch\.func: a transform needs what it was given"):
+        torch.vmap(lambda x: ropex.rotate(x, rotation=rotation, backend="triton", inplace=True))(q)
+    with pytest.raises(ValueError, match=r'backend="triton" under torch\.func: has no rule for its transforms'):
+        torch.vmap(lambda x: norm_rotate(x, rotation=rotation, q_weight=weight, backend="triton"))(q)
+    assert torch.vmap(lambda x: norm_rotate(x, rotation=rotation, q_weight=weight))(q).shape == q.shape
+
+
+def test_bounds_are_not_looked_at_in_fake_tensors() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    rotation = rotation_of(batch=1)
+    with FakeTensorMode() as mode:
+        q, bounds = mode.from_tensor(torch.randn(9, 2, 16)), mode.from_tensor(torch.tensor([0, 4, 9]))
+        fake = ropex.Rotation(mode.from_tensor(rotation.positions), mode.from_tensor(rotation.inv_freq))
+        assert ropex.rotate(q, rotation=fake, order="thd", cu_seqlens=bounds).shape == (9, 2, 16)
 
 
 @pytest.mark.parametrize(

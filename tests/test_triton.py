@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -357,23 +358,115 @@ def test_norm_of_q_alone_in_bfloat16_with_learned_amplitude(device: str) -> None
 
 
 @pytest.mark.parametrize("lanes", [32, 64])
-@pytest.mark.parametrize("half", [1, 16, 40, 64, 128])
+@pytest.mark.parametrize(("half", "tail"), [(1, 0), (16, 112), (32, 192), (40, 0), (64, 0), (128, 0)])
 @pytest.mark.parametrize("heads", [1, 9, 40])
-def test_the_default_launch(lanes: int, half: int, heads: int) -> None:
+def test_the_default_launch(lanes: int, half: int, tail: int, heads: int) -> None:
     """Long inputs: four warps with eight neighbouring pairs per thread. A decoding step: small programs, and many."""
-    from ropex.kernels.triton_launch import default_launch
+    from ropex.kernels.triton_launch import default_launch, widest_tile
 
-    half_block = 1 << (half - 1).bit_length()
-    long = default_launch(1, 2**24, heads, half, lanes=lanes)
+    pairs = widest_tile(half, tail)
+    assert pairs >= max(half, tail / 2)
+    assert pairs <= widest_tile(half, tail, whole=True) <= 4 * pairs
+    long = default_launch(1, 2**24, heads, pairs, lanes=lanes)
     assert long.num_warps == 4
-    assert long.block_seq * half_block == 8 * 4 * lanes
+    assert long.block_seq * pairs == 8 * 4 * lanes
     assert long.heads == 8
-    decoding = default_launch(64, 1, heads, half, lanes=lanes)
+    decoding = default_launch(64, 1, heads, pairs, lanes=lanes)
     assert (decoding.block_seq, decoding.heads, decoding.num_warps) == (1, 1, 1)
     for batch, seq in ((1, 1), (7, 33), (256, 1), (1, 4096)):
-        launch = default_launch(batch, seq, heads, half, lanes=lanes)
+        launch = default_launch(batch, seq, heads, pairs, lanes=lanes)
         assert launch.num_warps in (1, 2, 4)
         assert launch.block_seq <= max(1, 2 * seq - 1)
+
+
+def test_the_frequencies_gradient_of_rounded_outputs(device: str) -> None:
+    """Made of the outputs as attention keeps them, it is as good as they are; of other dtypes, of the inputs."""
+    rotation = rotation_of(1, 257, 16, device)
+    inv_freq = rotation.inv_freq.requires_grad_()
+    q = torch.randn(1, 4, 257, 32, device=device).bfloat16()
+    for out_dtype, bound in ((torch.bfloat16, 1e-2), (torch.float32, 1e-6), (torch.float16, 1e-6)):
+        grads = []
+        for backend in ("triton", "reference"):
+            out = ropex.rotate(q, rotation=rotation, out_dtype=out_dtype, backend=backend)
+            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, out_dtype)
+            grads += torch.autograd.grad(out, inv_freq, weights)
+        assert (grads[0] - grads[1]).abs().max() <= bound * grads[1].abs().max()
+    with numpy.errstate(over="ignore"):  # the interpreter's
+        huge = ropex.rotate(q * 1e5, rotation=rotation, out_dtype=torch.float16, backend="triton")
+    assert huge.isinf().any()
+    (grad,) = torch.autograd.grad(huge, inv_freq, torch.ones_like(huge))
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["strided", "expanded", "mixed"])
+def test_norm_weights_of_any_strides_and_dtypes(device: str, kind: str) -> None:
+    rotation = rotation_of(2, 9, 8, device)
+    q, k = torch.randn(2, 3, 9, 20, device=device), torch.randn(2, 1, 9, 20, device=device)
+    q_weight, k_weight = {
+        "strided": (torch.rand(40)[::2], torch.rand(60)[::3]),
+        "expanded": (torch.rand(1).expand(20), torch.rand(1).expand(20)),
+        "mixed": (torch.rand(20).bfloat16(), torch.rand(20).double()),
+    }[kind]
+    weights = {"q_weight": q_weight.to(device).requires_grad_(), "k_weight": k_weight.to(device).requires_grad_()}
+    results = []
+    for backend in ("triton", "reference"):
+        outputs = norm_rotate(q, k, rotation, **weights, backend=backend)
+        grads = torch.autograd.grad([o.sin().sum() for o in outputs], list(weights.values()))
+        results.append((*outputs, *grads))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=2**-7 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_compiles_on_a_gpu(backend: str) -> None:
+    rotation = rotation_of(2, 33, 16, "cuda")
+
+    def run(q: Tensor, k: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = ropex.rotate(q * 2, k, rotation._replace(inv_freq=inv_freq))
+        return ropex.rotate(q * 2, k * 2, rotation, inplace=True)
+
+    inputs = [torch.randn(2, h, 33, 40, device="cuda", requires_grad=True) for h in (3, 1)]
+    inputs.append(rotation.inv_freq.clone().requires_grad_())
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend=backend)):
+        outputs = function(*inputs)
+        results.append((*outputs, *torch.autograd.grad(outputs, inputs, [o.sin() for o in outputs])))
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_opcheck_on_a_gpu() -> None:
+    rotation = rotation_of(2, 9, 8, "cuda")
+    q, k = (torch.randn(2, h, 9, 20, device="cuda", requires_grad=True) for h in (3, 1))
+    source = (rotation.positions, rotation.inv_freq.requires_grad_(), None, 1.25, False)
+    operator = ropex.kernels.rotate.__globals__["operators"]().rotate.default
+    torch.library.opcheck(operator, (q, k, *source, False, True, torch.float32, False, "triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_decoding_step_in_a_cuda_graph(inplace: bool) -> None:
+    """The graph reads positions and an amplitude that change in place, and waits for nothing."""
+    positions = torch.zeros(4, 1, dtype=torch.int64, device="cuda")
+    inv_freq = ropex.Geometry(128, 1e4, 2048).inv_freq("cuda")
+    rotation = ropex.Rotation(positions, inv_freq, torch.tensor(1.5))
+    q, k = (torch.randn(4, h, 1, 128, device="cuda", dtype=torch.bfloat16) for h in (32, 8))
+    before = q.clone(), k.clone()
+    ropex.rotate(*before, rotation, inplace=inplace)  # compiles the kernel
+    before = q.clone(), k.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = ropex.rotate(q, k, rotation, inplace=inplace)
+    for position in (7, 100_000):
+        for x, original in zip((q, k), before, strict=True):
+            x.copy_(original)
+        positions.fill_(position)
+        graph.replay()
+        want = ropex.rotate(*before, rotation)
+        assert all(torch.equal(got, expected) for got, expected in zip(outputs, want, strict=True))
 
 
 @pytest.mark.slow

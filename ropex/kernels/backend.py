@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ropex.kernels import compiled
 
-__all__ = ["BACKENDS", "Backend", "choose_backend", "require_backend", "resolve_backend"]
+__all__ = ["BACKENDS", "Backend", "choose_backend", "require_backend", "resolve_backend", "under_torch_func"]
 
 Backend = Literal["auto", "reference", "compiled", "triton"]
 BACKENDS = get_args(Backend)
@@ -34,11 +34,12 @@ def choose_backend(
         triton: whether Triton is installed.
         compiler: whether torch.compile can make code for the CPU.
         tracing: whether torch.compile or torch.export is looking, which fuses the reference by itself.
-        transformed: whether a transform of torch.func is at work, which the reference alone follows everywhere.
+        transformed: whether a transform of torch.func or forward-mode differentiation is at work, which the reference
+            alone follows everywhere.
 
     Returns:
-        `triton` on a GPU and `compiled` for large tensors on a CPU; `reference` otherwise, and always for float64 and
-        under torch.func.
+        `triton` on a GPU and `compiled` for large tensors on a CPU; `reference` otherwise, and always for float64,
+        under torch.func and in forward-mode differentiation.
     """
     if dtype == torch.float64 or transformed:
         return "reference"
@@ -78,18 +79,31 @@ def resolve_backend(backend: str, tensors: Sequence[Tensor]) -> str:
     """
     q = tensors[0]
     require_backend(backend, q.device, q.dtype)
+    if backend not in ("auto", "reference") and _in_forward_mode():
+        raise ValueError(
+            f'backend="{backend}" in forward-mode differentiation: has a backward pass alone; pass backend="reference"'
+        )
     if backend != "auto":
         return backend
-    tracing = torch.compiler.is_compiling()
     return choose_backend(
         q.device.type,
         q.dtype,
         sum(x.numel() for x in tensors),
         triton=HAS_TRITON,
         compiler=compiled.HAS_COMPILER,
-        tracing=tracing,
-        transformed=not tracing and torch._C._are_functorch_transforms_active(),
+        tracing=torch.compiler.is_compiling(),
+        transformed=under_torch_func() or _in_forward_mode(),
     )
+
+
+def under_torch_func() -> bool:
+    """Whether a transform such as torch.func.vmap or grad is at work; tracing sees none."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _in_forward_mode() -> bool:
+    # An operator without a forward-mode rule would give a derivative of zero and no error.
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _interprets(device: torch.device) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ropex._checks import describe
+from ropex.kernels.backend import under_torch_func
 from ropex.rotation import Rotation
 
 __all__ = [
@@ -32,8 +35,9 @@ def check_rotation(rotation: Rotation) -> tuple[int, int]:
     if not isinstance(positions, Tensor) or not isinstance(inv_freq, Tensor):
         kinds = f"{type(positions).__name__} and {type(inv_freq).__name__}"
         raise ValueError(f"positions and inv_freq of the types {kinds}: must be tensors; convert them")
-    if not isinstance(amplitude, (int, float, Tensor)):
-        raise ValueError(f"amplitude={amplitude!r}: must be a number or a tensor; pass 1.0 for none")
+    if not isinstance(amplitude, Tensor):
+        if not isinstance(amplitude, (int, float)) or isinstance(amplitude, bool) or not math.isfinite(amplitude):
+            raise ValueError(f"amplitude={amplitude!r}: must be a finite number or a tensor; pass 1.0 for none")
     if positions.dim() != 2 or positions.dtype != torch.int64:
         raise ValueError(
             f"positions {describe(positions)}: must be int64 [batch, seq]; a fractional scale belongs in inv_freq"
@@ -92,8 +96,9 @@ def check_heads(
             continue
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} of the type {type(x).__name__}: must be a tensor {axes}; convert it")
-        if x.dim() != len(order) or x.dtype not in _DTYPES:
-            raise ValueError(f"{name} {describe(x)}: must be a floating-point {axes}; reshape or cast it")
+        if x.dim() != len(order) or x.dtype not in _DTYPES or x.layout != torch.strided:
+            kind = "" if x.layout == torch.strided else f" ({x.layout})"
+            raise ValueError(f"{name} {describe(x)}{kind}: must be a floating-point {axes}; reshape or cast it")
         if x.shape[-1] < 2 * half:
             raise ValueError(
                 f"{name} {describe(x)}: its head_dim must be >= the rotary dimension {2 * half}; "
@@ -149,7 +154,7 @@ def check_packed(cu_seqlens: Tensor, order: str, tokens: int, rows: tuple[int, i
         raise ValueError(
             f"rotation of {rows[0]} rows for {len(cu_seqlens) - 1} sequences: must have one row, or one for each"
         )
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if device.type == "cpu" and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
         lengths = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (lengths < 0).any() or lengths.max() > rows[1]:
             raise ValueError(
@@ -175,10 +180,12 @@ def check_output(out_dtype: torch.dtype | None, *, inplace: bool, split: bool, d
 
 def check_in_place(q: Tensor, k: Tensor | None) -> None:
     """Raise unless q and k may be overwritten."""
+    if under_torch_func():
+        raise ValueError("inplace=True under torch.func: a transform needs what it was given; leave inplace out")
     for name, x in (("q", q), ("k", k)):
         if x is None:
             continue
-        if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        if _overlaps_itself(x):
             raise ValueError(
                 f"inplace=True with {name} {describe(x)} of strides {list(x.stride())}: elements share memory; "
                 "pass a copy, or leave inplace out"
@@ -188,12 +195,40 @@ def check_in_place(q: Tensor, k: Tensor | None) -> None:
                 f"inplace=True with {name} a leaf that requires grad: autograd forbids to write it; leave inplace out, "
                 "or call it under torch.no_grad()"
             )
-    if k is not None and not torch.compiler.is_compiling() and _start(k) == _start(q):
+    if k is not None and not torch.compiler.is_compiling() and _share_memory(q, k):
         raise ValueError("inplace=True with q and k of the same memory: it would turn twice; pass q alone, or copies")
 
 
-def _start(x: Tensor) -> tuple[int, object]:
-    return id(x if x._base is None else x._base), x.storage_offset()
+def _axes(x: Tensor) -> list[tuple[int, int]]:
+    """Stride and size of the axes that have more than one element, from the fastest."""
+    return sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+
+
+def _extent(axes: list[tuple[int, int]]) -> int:
+    return 1 + sum(stride * (size - 1) for stride, size in axes)
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    axes = _axes(x)
+    return any(stride < _extent(axes[:number]) for number, (stride, _) in enumerate(axes))
+
+
+def _share_memory(q: Tensor, k: Tensor) -> bool:
+    """Whether an element of q may be one of k: certain of all but views that no packing of q and k makes."""
+    if not q.numel() or not k.numel() or q.untyped_storage()._cdata != k.untyped_storage()._cdata:
+        return False
+    axes, starts = (_axes(q), _axes(k)), (q.storage_offset(), k.storage_offset())
+    extents = [_extent(one) for one in axes]
+    if starts[0] + extents[0] <= starts[1] or starts[1] + extents[1] <= starts[0]:
+        return False
+    for period in {stride for stride, _ in axes[0]} & {stride for stride, _ in axes[1]}:
+        # Both repeat with this period, such as a token's of packed q, k and v: they are apart if they are within it.
+        if all(stride % period == 0 for one in axes for stride, _ in one if stride >= period):
+            inner = [_extent([axis for axis in one if axis[0] < period]) for one in axes]
+            apart = (starts[1] - starts[0]) % period
+            if inner[0] <= apart and apart + inner[1] <= period:
+                return False
+    return True
 
 
 def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:

@@ -47,18 +47,15 @@ def rotate(
     if table:
         cos, sin = source.tables(dtype)
     else:
-        make = _compiled(_tables, dtype, second.dtype, second.shape[-1], second.shape[1] == 1, amplitude is not None)
-        cos, sin = make(first, second.detach(), amplitude.detach() if amplitude is not None else None, dtype)
+        cos, sin = _run(_tables, first, second, amplitude, dtype)
         if scale != 1:  # a number is part of the code that torch.compile makes
             cos, sin = cos * scale, sin * scale
-    cos, sin = cos.detach(), (-sin if conjugate else sin).detach()
+    if conjugate:
+        sin = -sin
     for x, out in pairs:
         # The compiler would take a number and its rounding for one and find nothing left: the parts are made here.
         whole = torch.empty_like(x, dtype=dtype) if split else out
-        sizes = (x.shape[0] == 1, x.shape[1], x.shape[-1], cos.shape[-1])
-        options = (x.dtype, whole.dtype, dtype, interleaved, x is whole)
-        turn = _compiled(_turn, *sizes, *options, _order(x), _order(whole))
-        turn(whole if x is whole else x.detach(), cos, sin, whole, interleaved)
+        _run(_turn, x, cos, sin, whole, interleaved)
         if split:
             out[0] = whole
             out[1] = whole - out[0]
@@ -67,9 +64,7 @@ def rotate(
 @torch.no_grad()
 def angle_gradients(x: Tensor, grad: Tensor, half: int, *, interleaved: bool) -> tuple[Tensor, Tensor]:
     """`reference.angle_gradients` in one pass."""
-    sizes = (x.shape[0] == 1, x.shape[1], x.shape[-1], half)
-    make = _compiled(_angle_gradients, *sizes, x.dtype, grad.dtype, interleaved, _order(x), _order(grad))
-    along, across = make(x.detach(), grad.detach(), half, interleaved)
+    along, across = _run(_angle_gradients, x, grad, half, interleaved)
     return along, across
 
 
@@ -95,18 +90,29 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, interleaved: bool) -
     out[..., : 2 * half].copy_(turned)
 
 
-# torch.compile keeps few variants of one code object, and falls back to eager beyond; each key has a code of its own.
+# torch.compile keeps few variants of one code object, and falls back to eager beyond them. So each of what it makes
+# variants for has a code object of its own, where only lengths and batches differ.
 _COMPILED: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
-def _compiled(function: Any, *key: Any) -> Callable[..., Any]:
-    if (function, *key) not in _COMPILED:
+def _run(function: Any, *arguments: Any) -> Any:
+    tensors = {id(x): x.detach() for x in arguments if isinstance(x, Tensor)}  # one for one: in place x is the output
+    arguments = tuple(tensors.get(id(x), x) for x in arguments)
+    key = (function, len(tensors), torch.is_inference_mode_enabled(), *(_variant(x) for x in arguments))
+    if key not in _COMPILED:
         copied = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        _COMPILED[(function, *key)] = torch.compile(copied)
-    return _COMPILED[(function, *key)]
+        _COMPILED[key] = torch.compile(copied)
+    return _COMPILED[key](*arguments)
 
 
-def _order(x: Tensor) -> tuple[int, ...]:
-    """The axes from the slowest to the fastest, which the generated code depends on."""
-    strides = x.stride()
-    return tuple(sorted(range(x.dim()), key=lambda axis: -strides[axis]))
+def _variant(x: Any) -> Any:
+    """What torch.compile's code depends on in an argument, lengths and batches left out."""
+    if not isinstance(x, Tensor):
+        return x
+    sizes, strides = x.shape, x.stride()
+    fixed = {4: (*sizes[-3:-2], *sizes[-1:]), 3: sizes[-1:]}.get(x.dim(), ())  # heads and channels
+    order = sorted(range(x.dim()), key=lambda axis: -strides[axis])
+    return (
+        (x.dtype, x.is_inference(), *fixed, *order),
+        tuple((size == 1, stride == 0, stride == 1) for size, stride in zip(sizes, strides, strict=True)),
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ropex._checks import describe, require_choice, require_number
 from ropex.kernels import checks, reference
-from ropex.kernels.backend import resolve_backend
+from ropex.kernels.backend import resolve_backend, under_torch_func
 from ropex.kernels.rotate import LAYOUTS, ORDERS, Angles, Layout, Order, from_heads, operators, source_of, to_heads
 from ropex.rotation import Rotation
 
@@ -97,6 +97,8 @@ def norm_rotate(
     interleaved = layout == "interleaved"
     pairs = [(to_heads(x, order), w) for x, w in ((q, q_weight), (k, k_weight)) if x is not None and w is not None]
     chosen = resolve_backend(backend, [x for x, _ in pairs])
+    if chosen == "triton" and under_torch_func():
+        raise ValueError('backend="triton" under torch.func: has no rule for its transforms; pass backend="reference"')
     if chosen == "triton":
         (q, q_weight), (k, k_weight) = pairs[0], pairs[1] if len(pairs) == 2 else (None, None)
         outputs = operators().norm_rotate(q, k, q_weight, k_weight, *source, eps, offset, interleaved, dtype)

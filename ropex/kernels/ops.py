@@ -132,7 +132,8 @@ def _rotate_backward(
         options: dict[str, Any] = {"conjugate": not conjugate, "interleaved": interleaved, "split": False}
         _run(q_grad, k_grad, *outputs, source, backend, in_place=False, **options)
         along, across = _sums(compiled.angle_gradients, [(q, q_grad), (k, k_grad)], second.shape[-1], interleaved)
-    return *_filled(*outputs), along if need_along else across.new_empty(0), across
+        along = along if need_along else across.new_empty(0)
+    return *_filled(*outputs), along, across
 
 
 def _sums(
@@ -154,14 +155,14 @@ def _sums(
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save positions and frequencies alone; what the angles' gradients are made of, where they are asked for.
 
-    That is the outputs, which attention keeps anyway, except where they do not determine the inputs exactly.
+    That is the outputs, which attention keeps anyway, except where they do not determine the inputs.
     """
     q, k, first, second, amplitude, *options = inputs
     ctx.set_materialize_grads(False)
     ctx.options, ctx.dtype, ctx.number = options, q.dtype, 1 if k is None else 2
-    split = options[-2]
+    _, table, _, _, dtype, split, _ = options
     ctx.angles = any(ctx.needs_input_grad[2:5])
-    ctx.of_outputs = not (options[1] or split or ctx.needs_input_grad[4])
+    ctx.of_outputs = dtype == q.dtype and not (table or split or ctx.needs_input_grad[4])
     saved = ((output[0], output[1] if k is not None else None) if ctx.of_outputs else (q, k)) if ctx.angles else ()
     ctx.save_for_backward(first, second, amplitude, *saved)
 
@@ -240,9 +241,8 @@ def _norm_rotate(
 
     outputs = _outputs(q, k, dtype)
     source = Source(first, second, amplitude, scale, table)
-    triton_launch.norm_rotate(
-        q, k, q_weight, k_weight, *outputs, source, eps=eps, offset=offset, interleaved=interleaved
-    )
+    weights = _as_read(q_weight), _as_read(k_weight)
+    triton_launch.norm_rotate(q, k, *weights, *outputs, source, eps=eps, offset=offset, interleaved=interleaved)
     return _filled(*outputs)
 
 
@@ -263,10 +263,16 @@ def _norm_rotate_backward(
 
     outputs = _outputs(q_grad, k_grad, q.dtype)
     source = Source(first, second, amplitude, scale, table)
-    weights = triton_launch.norm_rotate_backward(
-        q_grad, k_grad, q, k, q_weight, k_weight, *outputs, source, eps=eps, offset=offset, interleaved=interleaved
+    weights = _as_read(q_weight), _as_read(k_weight)
+    weight_grads = triton_launch.norm_rotate_backward(
+        q_grad, k_grad, q, k, *weights, *outputs, source, eps=eps, offset=offset, interleaved=interleaved
     )
-    return *_filled(*outputs), *weights
+    return *_filled(*outputs), *weight_grads
+
+
+def _as_read(weight: Any) -> Any:
+    """A weight as the kernel reads it: both of one dtype, without strides."""
+    return weight.to(torch.float32).contiguous() if weight is not None else None
 
 
 def _remember_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -274,7 +280,7 @@ def _remember_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
     ctx.options = options
     ctx.angles = any(ctx.needs_input_grad[4:7])
-    ctx.of_outputs = ctx.angles and not (options[1] or ctx.needs_input_grad[6])
+    ctx.of_outputs = ctx.angles and options[-1] == q.dtype and not (options[1] or ctx.needs_input_grad[6])
     outputs = (output[0], output[1] if k is not None else None) if ctx.of_outputs else (None, None)
     ctx.save_for_backward(q, k, q_weight, k_weight, first, second, amplitude, *outputs)
 

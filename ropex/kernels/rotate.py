@@ -91,7 +91,8 @@ def rotate(
         order: what the axes of q and k are.
         rotary_dim: a check, that the rotation turns this many channels.
         cu_seqlens: for packed tokens, int [sequences + 1], where each sequence starts and the last ends. The j-th token
-            of sequence i turns as column j of the rotation's row i, or of its only row.
+            of sequence i turns as column j of the rotation's row i, or of its only row. On a GPU its values are not
+            checked.
         inplace: overwrite q and k and return them. Where autograd records, by way of a copy.
         out_dtype: of the result; that of q by default. float16 keeps eight times more of a rotated bfloat16.
         split: return the result's rounding and that of what rounding left, stacked, [2, ...]: `high, low = rotate(q,
@@ -115,6 +116,8 @@ def rotate(
 
     Reference: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, arXiv:2104.09864, eq. 34.
     """
+    if isinstance(k, Rotation):
+        raise ValueError("k is a Rotation: must be a tensor like q, or None; pass rotation= for q alone")
     source, rows = source_of(rotation, angles)
     return _rotate(
         q, k, source, rows,
@@ -191,6 +194,11 @@ def source_of(rotation: Rotation | None, angles: str) -> tuple[Source, tuple[int
     inv_freq = inv_freq.to(positions.device)
     inv_freq = inv_freq[None, None] if inv_freq.dim() == 1 else inv_freq
     factors, scale = None, 1.0
+    if isinstance(amplitude, Tensor) and amplitude.device != positions.device:
+        if not (amplitude.requires_grad or torch.compiler.is_compiling()):
+            amplitude = (
+                amplitude.item()
+            )  # a number on the CPU: no copy for each call, which a CUDA graph could not hold
     if isinstance(amplitude, Tensor):
         factors = amplitude.to(positions.device)
         factors = factors.reshape((1,) * (3 - factors.dim()) + factors.shape)

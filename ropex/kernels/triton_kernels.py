@@ -43,7 +43,8 @@ INTERPRETED = not isinstance(fixed_frequency, triton.JITFunction)
 # It cuts a float32 to bfloat16 where hardware rounds.
 _ROUNDS_IN_SOFTWARE = tl.constexpr(INTERPRETED)
 
-# A kernel must not be compiled anew because a text has a multiple of 16 tokens.
+# A kernel must not be compiled anew because a text has a multiple of 16 tokens. (Where each row has its own positions,
+# it is: their stride is the length, and that of a table must be known to be a multiple.)
 _SIZES = ("batches", "seq", "blocks", "q_heads", "k_heads", "q_groups")
 
 
@@ -178,9 +179,9 @@ def _heads(q_heads, k_heads, q_groups, HEADS: tl.constexpr):
 @triton.jit
 def _choose(of_q, q, k, batch, head, q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d):
     """The first head of this program in q or k, and the strides from head to head, token to token and in a head."""
-    stride_h = tl.where(of_q, q_h, k_h)
+    stride_h = tl.where(of_q, q_h, k_h).to(tl.int64)
     x = tl.where(of_q, q, k) + batch * tl.where(of_q, q_b, k_b) + head * stride_h
-    return x, stride_h, tl.where(of_q, q_s, k_s), tl.where(of_q, q_d, k_d)
+    return x, stride_h, tl.where(of_q, q_s, k_s).to(tl.int64), tl.where(of_q, q_d, k_d).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -32,30 +32,36 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-def default_launch(batch: int, seq: int, heads: int, half: int, *, lanes: int = 32) -> Launch:
+def default_launch(batch: int, seq: int, heads: int, pairs: int, *, lanes: int = 32) -> Launch:
     """The launch for `heads` heads of q and k together, on a device whose warps have this many lanes.
 
-    8 pairs per thread of 4 warps are 8 neighbouring channels, one 128-bit access in 16-bit types.
+    `pairs` is a power of two, half the channels of the widest tile of a token that a program holds. 8 pairs per thread
+    of 4 warps are 8 neighbouring channels, one 128-bit access in 16-bit types.
     Heads share a program's angles, and are spread over more programs where there are few tokens: a decoding step has
     one per sample, and waits for memory rather than for arithmetic.
     """
-    half_block = triton.next_power_of_2(half)
-    block_seq = min(max(1, 8 * 4 * lanes // half_block), triton.next_power_of_2(seq))
+    block_seq = min(max(1, 8 * 4 * lanes // pairs), triton.next_power_of_2(seq))
     per_program = 8
     while per_program > 1 and batch * triton.cdiv(seq, block_seq) * triton.cdiv(heads, per_program) < 2048:
         per_program //= 2
-    return Launch(block_seq, per_program, max(1, min(4, block_seq * half_block // (8 * lanes))))
+    return Launch(block_seq, per_program, max(1, min(4, block_seq * pairs // (8 * lanes))))
 
 
-def candidates(head_dim: int) -> list[Launch]:
+def widest_tile(half: int, tail: int, *, whole: bool = False) -> int:
+    """`default_launch`'s pairs: of what turns or of the rest, or, where a kernel holds a head as a whole, of both."""
+    turning, rest = triton.next_power_of_2(half), triton.next_power_of_2(tail) // 2
+    pairs: int = triton.next_power_of_2(turning + rest) if whole else max(turning, rest)
+    return pairs
+
+
+def candidates(pairs: int) -> list[Launch]:
     """The launches that may be fastest on some GPU: at least four pairs per thread, at most 32."""
-    half_block = triton.next_power_of_2(head_dim // 2)
     return [
         Launch(block_seq, heads, num_warps)
         for block_seq in (1, 2, 4, 8, 16, 32, 64)
         for heads in (1, 2, 4, 8, 16)
         for num_warps in (1, 2, 4, 8)
-        if 4 <= block_seq * half_block / (32 * num_warps) <= 32
+        if 4 <= block_seq * pairs / (32 * num_warps) <= 32
     ]
 
 
@@ -63,11 +69,11 @@ def candidates(head_dim: int) -> list[Launch]:
 TUNED: dict[tuple[Any, ...], Launch] = {}
 
 
-def tuning_key(q: Tensor, k: Tensor | None, half: int) -> tuple[Any, ...]:
-    """What a launch depends on; tokens by their power of two."""
+def tuning_key(q: Tensor, k: Tensor | None, half: int, interleaved: bool) -> tuple[Any, ...]:
+    """What the launch of `rotate` depends on; tokens by their power of two."""
     heads = (q.shape[1], k.shape[1] if k is not None else 0)
     tokens = triton.next_power_of_2(q.shape[0] * q.shape[2])
-    return (q.device, q.dtype, *heads, q.shape[-1], half, tokens)
+    return (q.device, q.dtype, *heads, q.shape[-1], half, interleaved, tokens)
 
 
 def rotate(
@@ -84,7 +90,7 @@ def rotate(
     launch: Launch | None = None,
 ) -> None:
     """Write the rotated q and k, [batch, heads, seq, head_dim], into the outputs, which may be q and k themselves."""
-    plan = _Plan(q, k, source, interleaved, launch)
+    plan = _Plan(q, k, source, interleaved, launch or TUNED.get(tuning_key(q, k, source.second.shape[-1], interleaved)))
     low = [out.stride(0) if split and out is not None else 0 for out in (q_out, k_out)]
     outs = [out[0] if split and out is not None else out for out in (q_out, k_out)]
     tail = 0 if in_place else plan.tail
@@ -112,9 +118,10 @@ def rotate_backward(
     """Write the gradients turned back into the outputs.
 
     Returns:
-        The sums of `reference.angle_gradients` over q and k, each float64 [batch, seq, half].
+        The sums of `reference.angle_gradients` over q and k, each float64 [batch, seq, half]; the first is empty unless
+        needed.
     """
-    plan = _Plan(q_grad, k_grad, source, interleaved, None)
+    plan = _Plan(q_grad, k_grad, source, interleaved)
     batch, _, seq, _ = q_grad.shape
     shape = (plan.groups, batch, seq, source.second.shape[-1])
     across = (q.new_zeros if plan.empty else q.new_empty)(shape, dtype=torch.float32)
@@ -125,7 +132,8 @@ def rotate_backward(
         [q_grad, k_grad, q, k, q_out, k_out],
         TAIL=plan.tail, TAIL_BLOCK=triton.next_power_of_2(max(plan.tail, 1)), CONJUGATE=conjugate, ALONG=need_along,
     )  # fmt: skip
-    return along.sum(0, dtype=torch.float64), across.sum(0, dtype=torch.float64)
+    total = across.sum(0, dtype=torch.float64)
+    return along.sum(0, dtype=torch.float64) if need_along else total.new_empty(0), total
 
 
 def norm_rotate(
@@ -142,7 +150,7 @@ def norm_rotate(
     interleaved: bool,
 ) -> None:
     """Write the normalised and rotated q and k into the outputs."""
-    plan = _Plan(q, k, source, interleaved, None)
+    plan = _Plan(q, k, source, interleaved, whole=True)
     plan.run(
         kernels.norm_rotate_kernel,
         [*_both(q, k), *_both(q_out, k_out), *_both(q_weight, k_weight), eps, offset, *plan.source, *plan.sizes],
@@ -167,7 +175,7 @@ def norm_rotate_backward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     """Write the gradients of q and k into the outputs; return those of the two weights, float64 [head_dim]."""
-    plan = _Plan(q_grad, k_grad, source, interleaved, None)
+    plan = _Plan(q_grad, k_grad, source, interleaved, whole=True)
     shape = (plan.grid[0], plan.groups, q.shape[-1])
     weight_grad = (q.new_zeros if plan.empty else q.new_empty)(shape, dtype=torch.float32)
     pairs = [*_both(q_grad, k_grad), *_both(q, k), *_both(q_out, k_out)]
@@ -184,24 +192,31 @@ def norm_rotate_backward(
 class _Plan:
     """What all launches for q and k of these shapes have in common."""
 
-    def __init__(self, q: Tensor, k: Tensor | None, source: Source, interleaved: bool, launch: Launch | None) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        source: Source,
+        interleaved: bool,
+        launch: Launch | None = None,
+        *,
+        whole: bool = False,
+    ) -> None:
         batch, q_heads, seq, head_dim = q.shape
         k_heads = k.shape[1] if k is not None else 0
         half = source.second.shape[-1]
+        self.tail = head_dim - 2 * half
         if launch is None and kernels.INTERPRETED:
-            launch = Launch(
-                min(256, triton.next_power_of_2(max(seq, 1))), 8, 4
-            )  # its time goes by programs, not by elements
+            launch = Launch(min(256, triton.next_power_of_2(max(seq, 1))), 8, 4)  # its time goes by programs
         if launch is None:
+            pairs = widest_tile(half, self.tail, whole=whole)
             lanes = 64 if torch.version.hip else 32
-            heads = q_heads + k_heads
-            launch = TUNED.get(tuning_key(q, k, half)) or default_launch(batch, max(seq, 1), heads, half, lanes=lanes)
+            launch = default_launch(batch, max(seq, 1), q_heads + k_heads, pairs, lanes=lanes)
         blocks = triton.cdiv(seq, launch.block_seq)
         self.q_groups = triton.cdiv(q_heads, launch.heads)
         self.groups = self.q_groups + triton.cdiv(k_heads, launch.heads)
         self.grid = (batch * blocks, self.groups)
         self.empty = 0 in (*self.grid, head_dim)
-        self.tail = head_dim - 2 * half
         self.sizes = [seq, blocks, q_heads, k_heads, self.q_groups]
         amplitude = source.amplitude if source.amplitude is not None else source.second
         self.source = [source.first, source.second, amplitude, float(source.scale)]

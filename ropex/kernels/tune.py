@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
 
 from ropex.kernels.rotate import Layout, Order, rotate, source_of, to_heads
@@ -16,7 +19,8 @@ def tune(
     """Time the launches that could be fastest for these shapes, and use the best from here on in this process.
 
     The default launch needs none of this. What is found serves every rotation of the same device, dtype, heads,
-    head_dim and rotary dimension whose number of tokens has the same next power of two. Takes about a second.
+    head_dim, rotary dimension and layout whose number of tokens has the same next power of two; the backward pass that
+    gives the frequencies' gradient, and `norm_rotate`, keep their own launches.
 
     Args:
         q, k, rotation, layout, order: as in `ropex.rotate`, on a GPU.
@@ -28,20 +32,26 @@ def tune(
         ValueError: not on a GPU, or what `ropex.rotate` raises.
     """
     rotate(q, k, rotation, layout=layout, order=order, backend="triton")  # whatever is wrong is raised here
-    from ropex.kernels import triton_launch
-
     if not q.is_cuda:
         raise ValueError(f"tune with q on {q.device}: launches are timed on a GPU; move q, k and the rotation there")
     from triton.testing import do_bench
 
+    from ropex.kernels import triton_launch
+
     source, _ = source_of(rotation, "exact")
-    key = triton_launch.tuning_key(
-        to_heads(q, order), to_heads(k, order) if k is not None else None, source.second.shape[-1]
-    )
-    times = {}
-    for launch in triton_launch.candidates(q.shape[-1]):
-        triton_launch.TUNED[key] = launch
-        times[launch] = do_bench(lambda: rotate(q, k, rotation, layout=layout, order=order, backend="triton"))
+    q = to_heads(q, order).detach()
+    k = to_heads(k, order).detach() if k is not None else None
+    outputs = torch.empty_like(q), torch.empty_like(k) if k is not None else None
+    interleaved, half = layout == "interleaved", source.second.shape[-1]
+
+    def run(launch: triton_launch.Launch) -> None:
+        triton_launch.rotate(
+            q, k, *outputs, source,
+            conjugate=False, interleaved=interleaved, split=False, in_place=False, launch=launch,
+        )  # fmt: skip
+
+    launches = triton_launch.candidates(triton_launch.widest_tile(half, q.shape[-1] - 2 * half))
+    times = {launch: do_bench(functools.partial(run, launch)) for launch in launches}
     best = min(times, key=times.__getitem__)
-    triton_launch.TUNED[key] = best
+    triton_launch.TUNED[triton_launch.tuning_key(q, k, half, interleaved)] = best
     return best._asdict()
