@@ -71,7 +71,8 @@ def make_inputs(setting: Setting, device: str) -> Inputs:
         x = x if device != "cpu" else x.contiguous()
         return x.requires_grad_(setting.backward)
 
-    positions = torch.arange(setting.tokens, device=device)[None]
+    start = 4096 if setting.tokens == 1 else 0  # one token is a decoding step, behind a prompt
+    positions = torch.arange(start, start + setting.tokens, device=device)[None]
     rotation = ropex.Rotation(positions, GEOMETRY.inv_freq(device))
     return Inputs(heads(Q_HEADS), heads(K_HEADS), rotation, *table(rotation))
 
