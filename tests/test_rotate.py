@@ -255,7 +255,7 @@ POSITIONS, INV_FREQ, _ = BASE["rotation"]
         ({"q": None}, r"q of the type NoneType: must be a tensor \[batch, heads, seq, head_dim\]"),
         ({"k": [1.0]}, r"k of the type list: must be a tensor"),
         ({"rotation": ropex.Rotation([0], INV_FREQ)}, r"positions and inv_freq of the types list and Tensor: must be"),
-        ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ, "1")}, r"amplitude='1': must be a number or a tensor"),
+        ({"rotation": ropex.Rotation(POSITIONS, INV_FREQ, "1")}, r"amplitude='1': must be a finite number or a tensor"),
         (
             {"rotation": ropex.Rotation(POSITIONS, INV_FREQ, torch.ones(1, device="meta"))},
             r"positions on cpu, amplitude on meta: must be on one device",
