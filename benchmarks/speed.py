@@ -34,6 +34,7 @@ import ropex
 from benchmarks import RESULTS, summary
 from ropex.evaluation.compare import environment, write_json
 from ropex.kernels import Layout, rotate_with_table, table
+from ropex.kernels.reference import full_table
 
 Q_HEADS, K_HEADS, HEAD_DIM = 32, 8, 128
 GEOMETRY = ropex.Geometry(HEAD_DIM, 500_000.0, 8192)
@@ -77,14 +78,12 @@ def make_inputs(setting: Setting, device: str) -> Inputs:
     return Inputs(heads(Q_HEADS), heads(K_HEADS), rotation, *table(rotation))
 
 
-def full(t: Tensor, layout: Layout) -> Tensor:
-    return torch.cat((t, t), -1) if layout == "half" else t.repeat_interleave(2, -1)
-
-
 def contenders(setting: Setting, inputs: Inputs, device: str) -> dict[str, Callable[[Tensor, Tensor], Pair]]:
     """Functions of q and k; what can be prepared once for all layers of a model is prepared here."""
     layout, (_, _, rotation, cos, sin) = setting.layout, inputs
-    wide = [full(t, layout).to(setting.dtype) for t in (cos, sin)]  # transformers' tables have the dtype of the model
+    wide = [
+        full_table(t, layout).to(setting.dtype) for t in (cos, sin)
+    ]  # transformers' tables have the dtype of the model
     eager = transformers_half if layout == "half" else transformers_interleaved
     compiled = torch.compile(eager, dynamic=False)
     result: dict[str, Callable[[Tensor, Tensor], Pair]] = {

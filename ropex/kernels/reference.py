@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ropex.kernels.phase import cos_sin
 
-__all__ = ["Source", "angle_gradients", "empty_output", "norm_one", "rotate_one", "source_gradients"]
+__all__ = [
+    "Source",
+    "angle_gradients",
+    "empty_output",
+    "full_table",
+    "half_table",
+    "norm_one",
+    "rotate_one",
+    "source_gradients",
+]
 
 
 class Source(NamedTuple):
@@ -119,6 +128,16 @@ def source_gradients(
             amplitude_grad = amplitude_grad.sum_to_size(source.amplitude.shape).to(source.amplitude.dtype)
     frequency_grad = (source.first[..., None] * angle_grad).sum_to_size(source.second.shape)
     return None, frequency_grad.to(source.second.dtype), amplitude_grad
+
+
+def full_table(half: Tensor, layout: str) -> Tensor:
+    """A table that holds each pair's value twice, [..., 2 * half]."""
+    return torch.cat((half, half), dim=-1) if layout == "half" else half.repeat_interleave(2, dim=-1)
+
+
+def half_table(full: Tensor, layout: str) -> Tensor:
+    """The view of a full table that holds each pair's value once, [..., half]."""
+    return full[..., : full.shape[-1] // 2] if layout == "half" else full[..., ::2]
 
 
 def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -166,7 +166,7 @@ def rotate_with_table(
         full = width == rotary_dim if rotary_dim is not None else 2 * width > q.shape[-1]
         if full and width % 2 == 0:
             require_choice("layout", layout, LAYOUTS)
-            cos, sin = (t[..., : width // 2] if layout == "half" else t[..., ::2] for t in (cos, sin))
+            cos, sin = reference.half_table(cos, layout), reference.half_table(sin, layout)
     return _rotate(
         q, k, Source(cos, sin, table=True), (cos.shape[0], cos.shape[1]),
         layout=layout, order=order, rotary_dim=rotary_dim, cu_seqlens=cu_seqlens,

@@ -219,8 +219,8 @@ def rotate_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def rotate_backward_kernel(
-    q_grad, k_grad, q, k, q_out, k_out, along, across,
-    first, second, amplitude, scale, batches, seq, blocks, q_heads, k_heads, q_groups,
+    q_grad, k_grad, q, k, q_out, k_out, along, across, batches,
+    first, second, amplitude, scale, seq, blocks, q_heads, k_heads, q_groups,
     q_grad_b, q_grad_h, q_grad_s, q_grad_d, k_grad_b, k_grad_h, k_grad_s, k_grad_d,
     q_b, q_h, q_s, q_d, k_b, k_h, k_s, k_d, q_out_b, q_out_h, q_out_s, q_out_d, k_out_b, k_out_h, k_out_s, k_out_d,
     first_b, first_s, first_h, second_b, second_s, second_h, amplitude_b, amplitude_s, amplitude_h,

@@ -90,16 +90,15 @@ def rotate(
     launch: Launch | None = None,
 ) -> None:
     """Write the rotated q and k, [batch, heads, seq, head_dim], into the outputs, which may be q and k themselves."""
-    plan = _Plan(q, k, source, interleaved, launch or TUNED.get(tuning_key(q, k, source.second.shape[-1], interleaved)))
+    if launch is None and TUNED:
+        launch = TUNED.get(tuning_key(q, k, source.second.shape[-1], interleaved))
+    plan = _Plan(q, k, source, interleaved, launch)
     low = [out.stride(0) if split and out is not None else 0 for out in (q_out, k_out)]
-    outs = [out[0] if split and out is not None else out for out in (q_out, k_out)]
-    tail = 0 if in_place else plan.tail
-    plan.run(
-        kernels.rotate_kernel,
-        [*_both(q, k), *_both(*outs), *low, *plan.source, *plan.sizes],
-        [q, k, *outs],
-        TAIL=tail, TAIL_BLOCK=triton.next_power_of_2(max(tail, 1)), CONJUGATE=conjugate, SPLIT=split,
-    )  # fmt: skip
+    if split:
+        q_out, k_out = q_out[0], k_out[0] if k_out is not None else None
+    if in_place:
+        plan.tail = 0
+    plan.run(kernels.rotate_kernel, [(q, k), (q_out, k_out)], low, CONJUGATE=conjugate, SPLIT=split)
 
 
 def rotate_backward(
@@ -128,10 +127,11 @@ def rotate_backward(
     along = torch.empty_like(across) if need_along and not plan.empty else across
     plan.run(
         kernels.rotate_backward_kernel,
-        [*_both(q_grad, k_grad), *_both(q, k), *_both(q_out, k_out), along, across, *plan.source, batch, *plan.sizes],
-        [q_grad, k_grad, q, k, q_out, k_out],
-        TAIL=plan.tail, TAIL_BLOCK=triton.next_power_of_2(max(plan.tail, 1)), CONJUGATE=conjugate, ALONG=need_along,
-    )  # fmt: skip
+        [(q_grad, k_grad), (q, k), (q_out, k_out)],
+        [along, across, batch],
+        CONJUGATE=conjugate,
+        ALONG=need_along,
+    )
     total = across.sum(0, dtype=torch.float64)
     return along.sum(0, dtype=torch.float64) if need_along else total.new_empty(0), total
 
@@ -151,12 +151,8 @@ def norm_rotate(
 ) -> None:
     """Write the normalised and rotated q and k into the outputs."""
     plan = _Plan(q, k, source, interleaved, whole=True)
-    plan.run(
-        kernels.norm_rotate_kernel,
-        [*_both(q, k), *_both(q_out, k_out), *_both(q_weight, k_weight), eps, offset, *plan.source, *plan.sizes],
-        [q, k, q_out, k_out],
-        TAIL=plan.tail, TAIL_BLOCK=triton.next_power_of_2(max(plan.tail, 1)),
-    )  # fmt: skip
+    extra = [*_both(q_weight, k_weight), eps, offset]
+    plan.run(kernels.norm_rotate_kernel, [(q, k), (q_out, k_out)], extra)
 
 
 def norm_rotate_backward(
@@ -178,13 +174,8 @@ def norm_rotate_backward(
     plan = _Plan(q_grad, k_grad, source, interleaved, whole=True)
     shape = (plan.grid[0], plan.groups, q.shape[-1])
     weight_grad = (q.new_zeros if plan.empty else q.new_empty)(shape, dtype=torch.float32)
-    pairs = [*_both(q_grad, k_grad), *_both(q, k), *_both(q_out, k_out)]
-    plan.run(
-        kernels.norm_rotate_backward_kernel,
-        [*pairs, weight_grad, *_both(q_weight, k_weight), eps, offset, *plan.source, *plan.sizes],
-        [q_grad, k_grad, q, k, q_out, k_out],
-        TAIL=plan.tail, TAIL_BLOCK=triton.next_power_of_2(max(plan.tail, 1)),
-    )  # fmt: skip
+    extra = [weight_grad, *_both(q_weight, k_weight), eps, offset]
+    plan.run(kernels.norm_rotate_backward_kernel, [(q_grad, k_grad), (q, k), (q_out, k_out)], extra)
     of_q, of_k = weight_grad.tensor_split([plan.q_groups], dim=1)
     return of_q.sum((0, 1), dtype=torch.float64), of_k.sum((0, 1), dtype=torch.float64)
 
@@ -236,14 +227,17 @@ class _Plan:
             "enable_fp_fusion": False,
         }
 
-    def run(self, kernel: Any, arguments: list[Any], strided: list[Tensor | None], **constants: Any) -> None:
+    def run(self, kernel: Any, pairs: list[tuple[Tensor, Tensor | None]], extra: list[Any], **constants: Any) -> None:
+        """Launch a kernel on pairs of q and k and what else it takes, in the order that all kernels share."""
         if self.empty:
             return
-        strides: list[int] = []
-        for x in strided:
-            strides += x.stride() if x is not None else strides[-4:]
+        tensors = [x for q, k in pairs for x in _both(q, k)]
+        strides = [stride for x in tensors for stride in x.stride()]
+        constants |= {"TAIL": self.tail, "TAIL_BLOCK": triton.next_power_of_2(max(self.tail, 1))}
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            kernel[self.grid](*arguments, *strides, *self.strides, **self.constants, **constants)
+            kernel[self.grid](
+                *tensors, *extra, *self.source, *self.sizes, *strides, *self.strides, **self.constants, **constants
+            )
 
 
 def _both(q: Any, k: Any) -> tuple[Any, Any]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ropex.kernels import Layout, rotate_with_table, table
+from ropex.kernels.reference import full_table
 from ropex.patching.config import UnsupportedModelError, pretraining_length, rope_parameters, scaling_type, unscaled
 from ropex.patching.module import PatchedRotary
 from ropex.patching.swap import rotary_function_name
-from ropex.patching.tables import Pairing, full_table
+from ropex.patching.tables import Pairing
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling import Unscaled
 

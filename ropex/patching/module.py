@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ropex.kernels import Angles, table
-from ropex.patching.tables import Pairing, full_table
+from ropex.kernels.reference import full_table
+from ropex.patching.tables import Pairing
 from ropex.rotary import RotaryEmbedding
 
 __all__ = ["PatchedRotary", "mark_cache", "require_evaluation", "require_one_length"]

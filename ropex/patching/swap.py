@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ropex.kernels import Order, rotate_with_table
-from ropex.patching.tables import Pairing, half_table
+from ropex.kernels.reference import half_table
+from ropex.patching.tables import Pairing
 
 __all__ = ["Rotating", "rotary_function_name", "rotating_class"]
 

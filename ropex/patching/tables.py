@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from ropex.kernels import Layout
 
-__all__ = ["Pairing", "full_table", "half_table"]
+__all__ = ["Pairing"]
 
 
 class Pairing(NamedTuple):
@@ -17,13 +14,3 @@ class Pairing(NamedTuple):
 
     table: Layout
     channels: Layout
-
-
-def full_table(half: Tensor, layout: Layout) -> Tensor:
-    """A table that holds each pair's value twice, [..., 2 * half]."""
-    return torch.cat((half, half), dim=-1) if layout == "half" else half.repeat_interleave(2, dim=-1)
-
-
-def half_table(full: Tensor, layout: Layout) -> Tensor:
-    """The view of a full table that holds each pair's value once, [..., half]."""
-    return full[..., : full.shape[-1] // 2] if layout == "half" else full[..., ::2]
