@@ -8,7 +8,7 @@ measuring (`ropex.evaluation`).
 from ropex import draws, evaluation, kernels, precision, scaling
 from ropex._version import __version__ as __version__
 from ropex.kernels import rotate
-from ropex.patching import Inspection, Patch, UnsupportedModelError, inspect, patch, unpatch
+from ropex.patching import Inspection, LayerKind, Patch, UnsupportedModelError, inspect, load, patch, unpatch
 from ropex.rotary import RotaryEmbedding
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling import FrequencySchedule, methods, schedule
@@ -17,6 +17,7 @@ __all__ = [
     "FrequencySchedule",
     "Geometry",
     "Inspection",
+    "LayerKind",
     "Patch",
     "Request",
     "RotaryEmbedding",
@@ -26,6 +27,7 @@ __all__ = [
     "evaluation",
     "inspect",
     "kernels",
+    "load",
     "methods",
     "patch",
     "precision",

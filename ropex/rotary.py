@@ -70,6 +70,7 @@ class RotaryEmbedding(nn.Module):
         self.seed = seed
         self.data_rank = data_rank
         self.pinned_length: int | None = None
+        self._kept: tuple[tuple[Any, ...], Rotation] | None = None
         self._fill(torch.get_default_device())
         if self.schedule.augments:
             with torch.inference_mode(False):
@@ -86,22 +87,64 @@ class RotaryEmbedding(nn.Module):
                 "are not supported"
             )
         positions = positions.to(torch.int64)
-        length = positions.amax(dim=-1) + 1
         # The buffers are where the module was moved to, which need not be where its caller computes.
         pinned, inv_freq = self.pinned.to(positions.device), self.inv_freq.to(positions.device)
-        length = torch.where(pinned > 0, pinned, length)
+        if pinned.dim():
+            positions, pinned = self._rows(positions, pinned)
+        if (kept := self._kept_rotation(positions)) is not None:
+            return kept
+        length = torch.where(pinned > 0, pinned, positions.amax(dim=-1) + 1)
         key = self._keys(positions) if self.training and self.schedule.augments else None
-        return self.schedule.rotation(Request(self.geometry, positions, length, self.training, key, inv_freq))
+        rotation = self.schedule.rotation(Request(self.geometry, positions, length, self.training, key, inv_freq))
+        if (version := self._version_under_pin(positions)) is not None and rotation.positions is positions:
+            per_token = rotation.inv_freq.dim() == 3 and rotation.inv_freq.shape[1] > 1
+            self._kept = None if per_token else (version, rotation)
+        return rotation
 
-    def pin_length(self, length: int | None) -> None:
+    def pin_length(self, length: int | None, rows: Tensor | None = None) -> None:
         """Serve every pass as part of a context of `length` tokens; None: of the length that the positions show.
 
         In training it is the length of the window, for schedules that draw by it (`pose`, `e2llm`).
+
+        Args:
+            length: tokens of the prompt plus those to be generated.
+            rows: int64 [batch], the same for each row of a padded batch; a batch of k times as many rows has k for
+                each, one after the other. None: `length` holds for all.
         """
         if length is not None:
             require_int("length", length, minimum=1, remedy="pass the tokens of the prompt plus those to be generated")
         self.pinned_length = length
-        self.pinned.fill_(length or 0)  # in place, so that a captured graph sees it
+        self._kept = None
+        if rows is None and self.pinned.dim() == 0:
+            self.pinned.fill_(length or 0)  # in place, so that a captured graph sees it
+        else:
+            self.pinned = torch.tensor(length or 0, device=self.pinned.device) if rows is None else rows.to(torch.int64)
+
+    def _rows(self, positions: Tensor, pinned: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions and pinned lengths of the same rows."""
+        batch, rows = positions.shape[0], pinned.shape[0]
+        if batch == 1:
+            return positions.expand(rows, -1), pinned
+        if batch % rows:
+            raise ValueError(
+                f"positions {describe(positions)} under a length pinned for each of {rows} rows: must have {rows} "
+                "rows or a multiple; pin one length for all, or the lengths of this batch"
+            )
+        return positions, pinned.repeat_interleave(batch // rows)
+
+    def _version_under_pin(self, positions: Tensor) -> tuple[Any, ...] | None:
+        """What the frequencies of a learned schedule depend on under a pin; None where they must be computed anew."""
+        again = self.pinned_length is None or not self.schedule.learned or self.training or torch.is_grad_enabled()
+        if again or torch.compiler.is_compiling() or any(p.is_inference() or p.is_meta for p in self.parameters()):
+            return None
+        weights = tuple((p._version, p.data_ptr(), p.dtype) for p in self.parameters())
+        return (weights, positions.device, positions.shape[0])
+
+    def _kept_rotation(self, positions: Tensor) -> Rotation | None:
+        """The rotation of these positions by the frequencies of the pass before, under the same pin and weights."""
+        if self._kept is None or self._kept[0] != self._version_under_pin(positions):
+            return None
+        return self._kept[1]._replace(positions=positions)
 
     def _keys(self, positions: Tensor) -> Tensor:
         """One key per row, for this step; the next call is the next step."""
@@ -130,7 +173,7 @@ class RotaryEmbedding(nn.Module):
     def _fill(self, device: torch.device) -> None:
         with torch.inference_mode(False):  # a tensor made in inference mode could not be pinned or trained with later
             inv_freq = self.geometry.inv_freq(device)
-            pinned = torch.tensor(self.pinned_length or 0, device=device)
+            pinned = torch.tensor(self.pinned_length or 0, device=device)  # rows are pinned for one generation
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("pinned", pinned, persistent=False)
 
@@ -138,6 +181,7 @@ class RotaryEmbedding(nn.Module):
         # A cast would round the frequencies, `to_empty` would leave them unset, and not every device has float64:
         # they do not take part, and are made anew where the module now is.
         del self.inv_freq
+        self._kept = None
         unset = self.schedule.augments and self.step.is_meta
         try:
             super()._apply(fn, recurse)

@@ -7,72 +7,99 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["UnsupportedModelError", "own_configs", "pretraining_length", "rope_parameters", "scaling_type", "unscaled"]
+__all__ = [
+    "UnsupportedModelError",
+    "own_configs",
+    "pretraining_length",
+    "rope_parameters",
+    "scaling_type",
+    "text_config",
+    "unscaled",
+]
 
 
-_NOT_SCALING = ("rope_theta", "partial_rotary_factor")
+_NOT_SCALING = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+_PLAIN = ("default", "proportional", "mrope")  # some pairs may stand still or follow another axis; none is scaled
 
 
 class UnsupportedModelError(ValueError):
     """The model does not rotate in a way that ropex knows; nothing was changed."""
 
 
-def rope_parameters(config: Any) -> dict[str, Any]:
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the text model: itself, unless it is made of several."""
+    get = getattr(config, "get_text_config", None)
+    return config if get is None else get()
+
+
+def rope_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any]:
     """The config's rotary parameters as one flat dict with `rope_type` and `rope_theta`.
 
-    transformers 5 keeps them in `rope_parameters`; 4 in `rope_theta` and the optional `rope_scaling`.
+    transformers 5 keeps them in `rope_parameters`, where layers differ one dict per layer type; 4 in `rope_theta` and
+    the optional `rope_scaling`.
     """
+    name = type(config).__name__
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:
         parameters = dict(getattr(config, "rope_scaling", None) or {})
         parameters.setdefault("rope_theta", getattr(config, "rope_theta", None))
+    elif layer_type is not None and isinstance(parameters.get(layer_type), dict):
+        parameters = parameters[layer_type]
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UnsupportedModelError(
-            f"{type(config).__name__} has rotary parameters per layer type ({', '.join(parameters)}): "
-            "only models with one rotary geometry are supported"
+            f"{name} has rotary parameters per layer type ({', '.join(parameters)}) but its rotary module is not told "
+            "the type: must have one set of parameters"
         )
     theta = parameters.get("rope_theta")
     if theta is None:
-        raise UnsupportedModelError(f"{type(config).__name__} states no rope_theta; set it in config.rope_parameters")
+        raise UnsupportedModelError(f"{name} states no rope_theta; set it in config.rope_parameters")
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     return {**parameters, "rope_type": rope_type, "rope_theta": float(theta)}
 
 
-def scaling_type(config: Any) -> str | None:
+def scaling_type(config: Any, layer_type: str | None = None) -> str | None:
     """The type of scaling that the config carries, or None."""
-    rope_type = rope_parameters(config)["rope_type"]
-    return None if rope_type == "default" else rope_type
+    parameters = rope_parameters(config, layer_type)
+    plain = parameters["rope_type"] in _PLAIN and parameters.get("factor") in (None, 1)
+    return None if plain else parameters["rope_type"]
 
 
-def pretraining_length(config: Any) -> int | None:
+def pretraining_length(config: Any, layer_type: str | None = None) -> int | None:
     """The context length of pretraining, in tokens; None where the config does not tell.
 
     With `linear` it does not: transformers documents that max_position_embeddings stays, and many configs raise it.
+    What ropex notes in the config of a model that it patched says it, too, also where no scaling could be written.
     """
-    parameters = rope_parameters(config)
-    if parameters["rope_type"] in ("default", "dynamic"):  # dynamic extends what max_position_embeddings says
+    if (noted := getattr(config, "ropex", None)) is not None:
+        return int(noted["trained_length"])
+    parameters = rope_parameters(config, layer_type)
+    if scaling_type(config, layer_type) in (None, "dynamic"):  # dynamic extends what max_position_embeddings says
         return int(config.max_position_embeddings)
     stated = parameters.get("original_max_position_embeddings")
     length = stated or getattr(config, "original_max_position_embeddings", None)
     return int(length) if length is not None else None
 
 
-def unscaled(config: Any) -> Any:
+def unscaled(config: Any, layer_type: str | None = None) -> Any:
     """A copy of the config without its scaling."""
     config = copy.deepcopy(config)
-    if getattr(config, "rope_parameters", None) is not None:
-        kept = {name: value for name, value in config.rope_parameters.items() if name in _NOT_SCALING}
-        config.rope_parameters = {**kept, "rope_type": "default"}
-    else:
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
         config.rope_scaling = None
+        return config
+    flat = rope_parameters(config, layer_type)
+    plain = {**{name: value for name, value in flat.items() if name in _NOT_SCALING}, "rope_type": "default"}
+    nested = layer_type is not None and isinstance(parameters.get(layer_type), dict)
+    config.rope_parameters = {**parameters, layer_type: plain} if nested else plain
     return config
 
 
-def own_configs(model: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """A copy of each config in the model, for every part of the model that refers to it.
+def own_configs(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """A copy of each config in the model, for every part of the model that refers to it by this attribute.
 
     Models built from one config object share it, and a patch of one must not show in the other.
     """
     memo: dict[int, Any] = {}  # keeps one copy of each, nested ones too
-    configs = ((module, module.__dict__.get("config")) for module in model.modules())
-    return [(module, copy.deepcopy(config, memo)) for module, config in configs if hasattr(config, "to_dict")]
+    names = ("config", "generation_config")
+    configs = ((module, name, module.__dict__.get(name)) for module in model.modules() for name in names)
+    return [(module, name, copy.deepcopy(each, memo)) for module, name, each in configs if hasattr(each, "to_dict")]

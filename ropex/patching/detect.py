@@ -2,268 +2,303 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ropex.kernels import Layout, rotate_with_table, table
-from ropex.kernels.reference import full_table
-from ropex.patching.config import UnsupportedModelError, pretraining_length, rope_parameters, scaling_type, unscaled
+from ropex.patching.attention import Attention, norm_follows, rotary_functions, uses_tables, window_of
+from ropex.patching.config import (
+    UnsupportedModelError,
+    pretraining_length,
+    rope_parameters,
+    scaling_type,
+    text_config,
+)
+from ropex.patching.families import NOT_ROTARY, NOT_SUPPORTED
 from ropex.patching.module import PatchedRotary
-from ropex.patching.swap import rotary_function_name
-from ropex.patching.tables import Pairing
-from ropex.rotation import Geometry, Request, Rotation
-from ropex.scaling import Unscaled
+from ropex.patching.native import own_schedule
+from ropex.patching.probe import axes_of_pairs, fresh_rotary, probe_function, probe_table
+from ropex.patching.tables import RotaryFunction, TableLayout, laid_out
+from ropex.rotation import Geometry
+from ropex.scaling import FrequencySchedule
 
-__all__ = ["Site", "check_in_effect", "find_patched", "find_site"]
+__all__ = ["Anatomy", "Kind", "Site", "Spot", "examine", "find_patched", "require_module"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of table that a rotary module makes.
+
+    Attributes:
+        layer_type: of the layers that it is for; None where the module makes one kind for all.
+        geometry: how those layers were pretrained.
+        length_known: whether the config tells the pretraining length; the geometry has the maximum length otherwise.
+        scaling: the type of scaling that the config carries for them, or None.
+        own: the schedule of that scaling; None where its type is unknown.
+        turning: which pairs turn, [half]; None: all.
+    """
+
+    layer_type: str | None
+    geometry: Geometry
+    length_known: bool
+    scaling: str | None
+    own: FrequencySchedule | None
+    turning: tuple[bool, ...] | None
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where and how a model rotates.
+    """One rotary module.
 
     Attributes:
-        owner: the module that holds the rotary module as its attribute `name`.
-        path: the rotary module's name in the model.
+        owner: the module that holds it as its attribute `name`.
+        path: its name in the model.
         rotary: transformers' rotary module; its `config` is the one that describes it.
-        attentions: each attention instance with the name of the rotary function that its forward calls.
-        pairing: the layouts, found by probing.
-        geometry: how the model was pretrained.
-        scaling: the type of scaling that the config carries, or None.
-        length_known: whether the config tells the pretraining length; the geometry has the maximum length otherwise.
+        layout: of the tables that it makes.
+        kinds: of tables that it makes.
+        axes: of multi-axis positions, the axis that each pair follows; None: positions have one axis.
     """
 
     owner: nn.Module
     name: str
     path: str
     rotary: nn.Module
-    attentions: tuple[tuple[nn.Module, str], ...]
-    pairing: Pairing
-    geometry: Geometry
-    scaling: str | None
-    length_known: bool
+    layout: TableLayout
+    kinds: tuple[Kind, ...]
+    axes: tuple[int, ...] | None
+
+    def kind_for(self, layer_type: str | None) -> Kind:
+        """The kind of table that layers of this type get."""
+        return next((kind for kind in self.kinds if kind.layer_type in (None, layer_type)), self.kinds[0])
 
 
-def find_patched(model: nn.Module) -> tuple[nn.Module, str, PatchedRotary] | None:
-    """The patch's rotary module in a model, with its owner and attribute name; None where there is no patch."""
+@dataclass(frozen=True)
+class Anatomy:
+    """Where and how a model rotates.
+
+    Attributes:
+        sites: its rotary modules.
+        attentions: those that rotate.
+        functions: what each rotary function does, by the attention's class and its name.
+        owner: the module that runs the layers with their cache.
+    """
+
+    sites: tuple[Site, ...]
+    attentions: tuple[Attention, ...]
+    functions: dict[tuple[type[nn.Module], str], RotaryFunction]
+    owner: nn.Module
+
+    def functions_of(self, attention: Attention) -> tuple[RotaryFunction, ...]:
+        cls = type(attention.module)
+        return tuple(self.functions[cls, name] for name in attention.functions)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A patch's rotary module in a model."""
+
+    owner: nn.Module
+    name: str
+    path: str
+    patched: PatchedRotary
+
+
+def require_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r}: must be a torch.nn.Module; pass the loaded model")
-    for owner in model.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, PatchedRotary):
-                return owner, name, child
-    return None
 
 
-def find_site(model: nn.Module) -> Site:
+def find_patched(model: nn.Module) -> list[Spot]:
+    """The patch's rotary modules in a model; none where there is no patch."""
+    require_module(model)
+    return [
+        Spot(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, PatchedRotary)
+    ]
+
+
+def examine(model: nn.Module) -> Anatomy:
     """Find where the model rotates, and check that its own config explains the cos and sin that it makes.
 
     Raises:
-        UnsupportedModelError: no rotary module, several, or one that does not do what its config says.
+        UnsupportedModelError: no rotary module, or one that does not do what its config says, or attentions that do
+            not use it.
     """
-    model_name = type(model).__name__
-    paths = [name for name, module in model.named_modules() if _is_rotary(module)]
-    if not paths:
+    name = type(model).__name__
+    rotaries = dict(_text_rotaries(model, name))
+    found = list(_find_attentions(model, list(rotaries)))
+    used = [path for path in rotaries if any(_within(attention, _owner(path)) for attention, *_ in found)]
+    if not used:
         raise UnsupportedModelError(
-            f"{model_name} has no rotary embedding module: only models whose attention rotates queries and keys can be "
-            "patched; pass a model such as Llama, Mistral, Qwen or GPT-NeoX"
+            f"{name} has a rotary embedding module ({', '.join(rotaries)}) but no attention that calls a rotary "
+            "function with its cos and sin, so a patch would change nothing"
         )
-    if len(paths) > 1:
+    with torch.device("cpu"):
+        sites = tuple(_examine_site(model, name, path, rotaries[path]) for path in used)
+        functions = {}
+        attentions: list[Attention] = []
+        verdicts: dict[Any, bool | None] = {}
+        for path, module, names in found:
+            config = getattr(module, "config", None) or sites[0].rotary.config
+            layer_type, window = window_of(module, config, path)
+            kind = sites[0].kind_for(layer_type)
+            for each in names:
+                if (key := (type(module), each)) not in functions:
+                    function = inspect.unwrap(type(module).forward).__globals__[each]
+                    width = _head_dim(module, kind.geometry.dim)
+                    functions[key] = probe_function(name, function, each, sites[0].layout, kind.geometry, width)
+            group = (type(module), layer_type, window, _settings(module))
+            if group not in verdicts:
+                zeros = torch.zeros(1, 2, kind.geometry.dim // 2)
+                verdicts[group] = uses_tables(module, config, laid_out(zeros, zeros, sites[0].layout))
+            if verdicts[group] is not False:
+                slides = window is not None and window <= kind.geometry.trained_length
+                attentions.append(Attention(module, path, names, layer_type, window, slides, norm_follows(module)))
+    if not any(verdicts.values()):
         raise UnsupportedModelError(
-            f"{model_name} has {len(paths)} rotary embedding modules ({', '.join(paths)}): "
-            "only models in which all layers share one are supported"
+            f"{name} has a rotary embedding module ({used[0]}) but none of its attentions was seen to use its cos and "
+            "sin, so a patch might change nothing"
         )
-    path = paths[0]
-    owner_path, _, name = path.rpartition(".")
-    owner, rotary = model.get_submodule(owner_path), model.get_submodule(path)
-    if list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
+    return Anatomy(sites, tuple(attentions), functions, _runner(model, [attention.path for attention in attentions]))
+
+
+def _text_rotaries(model: nn.Module, model_name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that make cos and sin of token positions, by their names."""
+    types = [getattr(config, "model_type", None) for config in _configs(model)]
+    for model_type in types:
+        if reason := NOT_SUPPORTED.get(str(model_type)):
+            raise UnsupportedModelError(f"{model_name} ({model_type}) cannot be patched: {reason}")
+    rotaries = [(path, module) for path, module in model.named_modules() if _is_rotary(module)]
+    if not rotaries:
+        known = next((NOT_ROTARY[each] for each in types if each in NOT_ROTARY), None)
         raise UnsupportedModelError(
-            f"{model_name}'s {path}.forward{inspect.signature(rotary.forward)}: must take (x, position_ids) alone; "
-            "embeddings per layer type are not supported"
+            f"{model_name} has no rotary embedding module{f': {known}' if known else ''}; only models whose attention "
+            "rotates queries and keys can be patched; pass a model such as Llama, Mistral, Qwen or GPT-NeoX"
         )
-    config: Any = getattr(rotary, "config", None)
-    if not hasattr(rotary, "inv_freq") or not hasattr(config, "max_position_embeddings"):
-        raise UnsupportedModelError(
+    refusals = [(path, module, _why_not(model_name, path, module)) for path, module in rotaries]
+    if all(why is not None for _, _, why in refusals):
+        raise UnsupportedModelError(refusals[0][2])
+    yield from ((path, module) for path, module, why in refusals if why is None)
+
+
+def _why_not(model_name: str, path: str, rotary: nn.Module) -> str | None:
+    """Why a rotary module is not one of text models; None where it is."""
+    parameters = list(inspect.signature(rotary.forward).parameters)
+    if parameters[1:2] != ["position_ids"] or parameters[2:] not in ([], ["layer_type"]):
+        return (
+            f"{model_name}'s {path}.forward{inspect.signature(rotary.forward)}: must take (x, position_ids) or (x, "
+            "position_ids, layer_type)"
+        )
+    if not list(_layer_types(rotary)) or not hasattr(getattr(rotary, "config", None), "max_position_embeddings"):
+        return (
             f"{model_name}'s {path} ({type(rotary).__name__}): must hold inv_freq and a config with "
             "max_position_embeddings, as transformers' rotary modules do"
         )
-    attentions = _find_attentions(model)
-    if not attentions:
-        raise UnsupportedModelError(
-            f"{model_name} has a rotary embedding module ({path}) but no attention that calls a rotary function with "
-            "its cos and sin, so a patch would change nothing"
-        )
-    if replaced := [attention for attention, _ in attentions if "forward" in vars(attention)]:
-        raise UnsupportedModelError(
-            f"{model_name}'s {type(replaced[0]).__name__}.forward was replaced on the instance, which would hide the "
-            "patch: must be the class's own; patch before accelerate or another library hooks the model"
-        )
-    scaling = scaling_type(config)
-    known = pretraining_length(config)
-    geometry = Geometry(
-        dim=2 * rotary.get_buffer("inv_freq").shape[-1],
-        base=rope_parameters(config)["rope_theta"],
-        trained_length=known if known is not None else config.max_position_embeddings,
-    )
-    kinds = {type(attention): (attention, function) for attention, function in attentions}
-    with torch.device("cpu"):
-        layout = _probe_table(model_name, rotary, geometry, scaled=scaling is not None)
-        channels = {_probe_channels(model_name, *kind, layout, geometry) for kind in kinds.values()}
-    if len(channels) > 1:
-        raise UnsupportedModelError(f"{model_name}'s attentions pair channels in different ways; not supported")
-    pairing = Pairing(layout, channels.pop())
-    return Site(owner, name, path, rotary, attentions, pairing, geometry, scaling, known is not None)
+    return None
 
 
-@torch.no_grad()
-def check_in_effect(patched: PatchedRotary) -> None:
-    """Raise unless the patch's module makes the cos and sin of its schedule, computed here in another way."""
-    geometry, schedule = patched.rope.geometry, patched.rope.schedule
-    device = patched.rope.inv_freq.device
-    if device.type == "meta":
-        return
-    with torch.device("cpu"):
-        positions = _probe_positions(geometry.trained_length).to(device)
-        got = patched(_like_hidden_states(device), positions)
-        layout = patched.pairing.table
-        tolerance = torch.full((geometry.dim // 2,), 1e-6, device=device, dtype=torch.float64)
-        if patched.angles == "float32":
-            tolerance = tolerance + _angle_error(geometry, positions, torch.float32)
-        request = Request(geometry, positions, positions.max() + 1)
-        want = [full_table(t, layout) for t in _tables_in_float64(schedule.rotation(request))]
-        in_effect = _match(got, want, full_table(tolerance, layout))
-    if not in_effect:
+def _find_attentions(model: nn.Module, text: list[str]) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """Attentions that rotate for a text model: not those of an image tower with a rotary module of its own."""
+    owners = {_owner(path) for path, module in model.named_modules() if "rotary" in type(module).__name__.lower()}
+    of_text = {_owner(path) for path in text}
+    for path, module in model.named_modules():
+        if names := rotary_functions(type(module)):
+            nearest = max((owner for owner in owners if _within(path, owner)), key=len, default=None)
+            if nearest in of_text:
+                _require_own_forward(type(model).__name__, module)
+                yield path, module, names
+
+
+def _require_own_forward(model_name: str, attention: nn.Module) -> None:
+    """Raise where something on the instance would hide the class's forward, which accelerate's hooks do not."""
+    own = vars(attention).get("_old_forward", vars(attention).get("forward"))
+    if own is not None and getattr(own, "__func__", None) is not type(attention).forward:
         raise UnsupportedModelError(
-            f"the patched cos and sin are not those of {schedule!r}; please report this with the model's config"
+            f"{model_name}'s {type(attention).__name__}.forward was replaced on the instance, which would hide the "
+            "patch: must be the class's own; patch before another library wraps the model"
         )
 
 
-def _probe_positions(trained_length: int) -> Tensor:
-    """Positions that tell one frequency from another: the first ones, the last trained one, and some between."""
-    generator = torch.Generator().manual_seed(trained_length)
-    between = torch.randint(trained_length, (5,), generator=generator)
-    fixed = torch.tensor([0, 1, 7, trained_length - 1]).clamp(max=trained_length - 1)
-    return torch.cat((fixed, between))[None]
+def _examine_site(model: nn.Module, model_name: str, path: str, rotary: nn.Module) -> Site:
+    config: Any = rotary.config
+    fresh = fresh_rotary(model_name, rotary, config)
+    kinds: list[Kind] = []
+    layout: TableLayout = "half"
+    axes = None
+    for layer_type in _layer_types(rotary):
+        buffer = fresh.get_buffer(f"{layer_type}_inv_freq" if layer_type else "inv_freq")
+        known = pretraining_length(config, layer_type)
+        geometry = Geometry(
+            dim=2 * buffer.shape[-1],
+            base=rope_parameters(config, layer_type)["rope_theta"],
+            trained_length=known if known is not None else int(config.max_position_embeddings),
+        )
+        scaling = scaling_type(config, layer_type)
+        turning = tuple((buffer != 0).tolist()) if bool((buffer == 0).any()) else None
+        axes = axes_of_pairs(fresh, geometry.dim // 2) if layer_type is None else None
+        mask = torch.tensor(turning) if turning is not None else None
+        layout = probe_table(model_name, rotary, geometry, mask, layer_type, scaled=scaling is not None, axes=axes)
+        own = own_schedule(config, geometry, layer_type)
+        kinds.append(Kind(layer_type, geometry, known is not None, scaling, own, turning))
+    owner = model.get_submodule(path.rpartition(".")[0])
+    return Site(owner, path.rpartition(".")[2], path, rotary, layout, tuple(kinds), axes)
+
+
+def _runner(model: nn.Module, paths: list[str]) -> nn.Module:
+    """The innermost module that all attentions are in and that takes their cache; without caches, their inputs."""
+    around = [(path, module) for path, module in model.named_modules() if all(_inside(each, path) for each in paths)]
+    takes = {path: inspect.signature(type(module).forward).parameters for path, module in around}
+    for name in ("past_key_values", "input_ids", "hidden_states"):
+        if fitting := [module for path, module in around if name in takes[path]]:
+            return fitting[-1]
+    return model
+
+
+def _inside(path: str, owner: str) -> bool:
+    return _within(path, owner) and path != owner
+
+
+def _layer_types(rotary: nn.Module) -> Iterator[str | None]:
+    """The layer types whose frequencies a rotary module holds; None where it holds one set."""
+    for name, _ in rotary.named_buffers():
+        if name.endswith("inv_freq") and "original" not in name:
+            yield name.removesuffix("inv_freq").removesuffix("_") or None
 
 
 def _is_rotary(module: nn.Module) -> bool:
     return "Rotary" in type(module).__name__ and any(name.endswith("inv_freq") for name, _ in module.named_buffers())
 
 
-def _find_attentions(model: nn.Module) -> tuple[tuple[nn.Module, str], ...]:
-    names = {cls: rotary_function_name(cls) for cls in {type(module) for module in model.modules()}}
-    return tuple((module, name) for module in model.modules() if (name := names[type(module)]) is not None)
+def _configs(model: nn.Module) -> Iterator[Any]:
+    config = getattr(model, "config", None)
+    if config is not None:
+        yield config
+        if (text := text_config(config)) is not config:
+            yield text
 
 
-def _probe_table(model_name: str, rotary: nn.Module, geometry: Geometry, *, scaled: bool) -> Layout:
-    """The layout in which the model's own module makes the tables that its config describes.
-
-    The live module may be on any device and its buffer may have been cast; a fresh one of the same class and config
-    says what it should do.
-    """
-    positions = _probe_positions(geometry.trained_length)
-    config: Any = rotary.config
-    fresh = _rebuild(model_name, rotary, config)
-    plain = _rebuild(model_name, rotary, unscaled(config)) if scaled else fresh
-    layout = _layout_of(plain(_like_hidden_states(), positions), geometry, positions)
-    if layout is None:
-        raise UnsupportedModelError(f"{model_name}'s cos and sin are not those of {geometry} in a known layout")
-    buffer = rotary.get_buffer("inv_freq")
-    if not buffer.is_meta:
-        # transformers' dynamic modules change in a call: they keep a long one's frequencies until a short one comes.
-        live = copy.deepcopy(rotary)
-        live(_like_hidden_states(buffer.device), torch.zeros_like(positions, device=buffer.device))
-        got = live(_like_hidden_states(buffer.device), positions.to(buffer.device))
-        tolerance = full_table(1e-6 + _angle_error(geometry, positions, buffer.dtype), layout)
-        if not _match(got, fresh(_like_hidden_states(), positions), tolerance):
-            raise UnsupportedModelError(
-                f"{model_name}'s cos and sin are not those of its config: its frequencies were changed after it was "
-                "made; load the model anew, or remove what changed them"
-            )
-    return layout
+def _owner(path: str) -> str:
+    """The module that holds the one of this name; for one in a list, that which holds the list."""
+    owner, _, name = path.rpartition(".")
+    return _owner(owner) if name.isdigit() else owner
 
 
-def _layout_of(got: Any, geometry: Geometry, positions: Tensor) -> Layout | None:
-    """The layout in which these tables are those of the unscaled geometry."""
-    want = _tables_in_float64(Unscaled().rotation(Request(geometry, positions, positions.max() + 1)))
-    tolerance = 1e-6 + _angle_error(geometry, positions, torch.float32)
-    for layout in get_args(Layout):
-        if _match(got, [full_table(t, layout) for t in want], full_table(tolerance, layout)):
-            return cast(Layout, layout)
-    return None
-
-
-def _rebuild(model_name: str, rotary: nn.Module, config: Any) -> nn.Module:
-    try:
-        return type(rotary)(config)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{model_name}'s {type(rotary).__name__} cannot be made from its config: {error}"
-        ) from error
-
-
-def _probe_channels(
-    model_name: str, attention: nn.Module, function_name: str, layout: Layout, geometry: Geometry
-) -> Layout:
-    """Which channels the attention's rotary function pairs; it must do nothing but rotate them."""
-    function = inspect.unwrap(type(attention).forward).__globals__[function_name]
-    positions = _probe_positions(geometry.trained_length)
-    rotation = Rotation(positions, geometry.inv_freq())
-    cos, sin = table(rotation)
-    full = [full_table(t, layout) for t in (cos, sin)]
-    generator = torch.Generator().manual_seed(geometry.dim)
-    candidates: list[Layout] = list(get_args(Layout))
-    # The second width tells whether channels beyond the rotary dimension pass; some functions take no such heads.
-    for width in (geometry.dim, _head_dim(attention, geometry.dim)):
-        q, k = torch.randn(2, 1, 1, positions.shape[1], width, generator=generator, dtype=torch.float32)
-        try:
-            got = function(q.clone(), k.clone(), *full)
-        except Exception as error:
-            if width != geometry.dim:
-                continue
-            raise UnsupportedModelError(
-                f"{model_name}'s {function_name} cannot be called with (q, k, cos, sin): {error}"
-            ) from error
-        candidates = [c for c in candidates if _match(got, rotate_with_table(q, k, cos, sin, layout=c), 1e-5)]
-    if not candidates:
-        raise UnsupportedModelError(
-            f"{model_name}'s {function_name} pairs channels neither as halves nor interleaved: not supported"
-        )
-    return candidates[0]
+def _within(path: str, owner: str) -> bool:
+    return owner == "" or path == owner or path.startswith(f"{owner}.")
 
 
 def _head_dim(attention: nn.Module, default: int) -> int:
     return next((getattr(attention, name) for name in ("head_dim", "head_size") if hasattr(attention, name)), default)
 
 
-def _tables_in_float64(rotation: Rotation) -> tuple[Tensor, Tensor]:
-    positions, inv_freq, amplitude = rotation
-    angle = positions[..., None] * inv_freq
-    return angle.cos() * amplitude, angle.sin() * amplitude
-
-
-def _angle_error(geometry: Geometry, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far angles may be off whose frequencies and products were rounded to `dtype`, [batch, seq, half]."""
-    return 4 * torch.finfo(dtype).eps * positions[..., None] * geometry.inv_freq(positions.device)
-
-
-def _like_hidden_states(device: torch.device | None = None) -> Tensor:
-    """What a rotary module takes for hidden states: it looks at the dtype and the device only."""
-    return torch.zeros((), dtype=torch.float32, device=device)
-
-
-def _match(got: Any, want: Sequence[Tensor], tolerance: Tensor | float) -> bool:
-    """Whether a pair of tensors equals another one within the tolerance."""
-    return (
-        isinstance(got, tuple)
-        and len(got) == len(want)
-        and all(
-            g.shape == w.shape and bool(((g.cpu() - w.cpu()).abs() <= torch.as_tensor(tolerance).cpu()).all())
-            for g, w in zip(got, want, strict=True)
-        )
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The plain settings of an instance, but for its place among the layers: those of equal settings behave alike."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value) for name, value in vars(module).items() if isinstance(value, plain) and name != "layer_idx"
     )

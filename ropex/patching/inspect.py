@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from ropex.kernels import Angles, Layout
-from ropex.patching.config import scaling_type
-from ropex.patching.detect import find_patched, find_site
+from ropex.kernels import Angles
+from ropex.patching.attention import window_of
+from ropex.patching.detect import examine, find_patched
 from ropex.patching.swap import Rotating
+from ropex.patching.tables import Channels, TableLayout
 from ropex.rotation import Geometry
 from ropex.scaling import FrequencySchedule
 
-__all__ = ["Inspection", "depends_on_length", "inspect"]
+__all__ = ["Inspection", "LayerKind", "depends_on_length", "inspect"]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What the layers of one kind do.
+
+    Attributes:
+        name: their layer type in the config, or `all`.
+        layers: how many there are.
+        window: the tokens that each sees; None, all.
+        geometry: how they were pretrained.
+        schedule: what they follow; None where transformers rotates them.
+    """
+
+    name: str
+    layers: int
+    window: int | None
+    geometry: Geometry
+    schedule: FrequencySchedule | None
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,10 @@ class Inspection:
         rotary: the name of its rotary module.
         table_layout, channel_layout: how it lays out cos and sin, and the channels of a head.
         angles: `exact`, or `float32` as transformers computes them.
+        precision: `model`, or `float32` where scores are computed in it.
+        kinds: what differs from layer to layer.
+        written: the type under which the config of a patched model says what the patch does, so that plain
+            transformers does the same with a saved checkpoint; None where it cannot: `Patch.save` and `ropex export`.
     """
 
     model: str
@@ -43,9 +68,12 @@ class Inspection:
     pinned_length: int | None
     attentions: int
     rotary: str
-    table_layout: Layout
-    channel_layout: Layout
+    table_layout: TableLayout
+    channel_layout: Channels
     angles: Angles
+    precision: str
+    kinds: tuple[LayerKind, ...]
+    written: str | None
 
     def __str__(self) -> str:
         factor = self.length / self.geometry.trained_length
@@ -56,12 +84,21 @@ class Inspection:
             "schedule": in_effect,
             "geometry": f"rotary dimension {self.geometry.dim}, base {self.geometry.base:g}",
             "length": f"{self.length} tokens, {factor:g} x the trained {self.geometry.trained_length}",
-            "angles": self.angles,
+            "angles": f"{self.angles}, scores in {'float32' if self.precision == 'float32' else 'the model dtype'}",
             "layout": f"tables {self.table_layout}, channels {self.channel_layout}",
         }
         if self.pinned_length is not None:
             rows["pinned to"] = f"{self.pinned_length} tokens"
-        return "\n".join(f"{name:<9} {value}" for name, value in rows.items())
+        if self.patched:
+            plain = "nothing that plain transformers would follow; use Patch.save or ropex export"
+            rows["config"] = f'says "{self.written}"' if self.written else f"says {plain}"
+        if len(self.kinds) > 1 or self.kinds[0].window is not None:
+            for kind in self.kinds:
+                sees = "all tokens" if kind.window is None else f"a window of {kind.window} tokens"
+                follows = kind.schedule if kind.schedule is not None else "transformers"
+                rows[f"{kind.layers} x {kind.name}"] = f"{sees}, base {kind.geometry.base:g}, {follows}"
+        width = max(9, *map(len, rows))
+        return "\n".join(f"{name:<{width}} {value}" for name, value in rows.items())
 
 
 def inspect(model: nn.Module) -> Inspection:
@@ -70,45 +107,81 @@ def inspect(model: nn.Module) -> Inspection:
     Raises:
         UnsupportedModelError: the model has no rotary embedding, or one that ropex does not know.
     """
-    found = find_patched(model)
-    if found is None:
-        site = find_site(model)
-        return Inspection(
-            model=type(model).__name__,
-            patched=False,
-            geometry=site.geometry,
-            schedule=None,
-            scaling=site.scaling,
-            length=site.rotary.config.max_position_embeddings,  # type: ignore[union-attr,arg-type]
-            pinned_length=None,
-            attentions=len(site.attentions),
-            rotary=site.path,
-            table_layout=site.pairing.table,
-            channel_layout=site.pairing.channels,
-            angles="float32",
-        )
-    patched = found[2]
-    rope = patched.rope
+    spots = find_patched(model)
+    if not spots:
+        return _inspect_plain(model)
+    patched = spots[0].patched
+    rope, config = patched.rope, patched.original.config
+    kinds: dict[tuple[Any, ...], int] = {}
+    channels: Channels = "half"
+    for path, module in model.named_modules():
+        if isinstance(module, Rotating):
+            swap = module.ropex_made_from
+            channels = swap.functions[0].channels
+            layer_type, window = window_of(module, getattr(module, "config", None) or config, path)
+            names = patched.tables.get(layer_type) or next(iter(patched.tables.values()))
+            followed = patched.ropes[names[swap.table or 0]]
+            key = (layer_type or "all", window, followed.geometry, followed.schedule)
+            kinds[key] = kinds.get(key, 0) + 1
     return Inspection(
         model=type(model).__name__,
         patched=True,
         geometry=rope.geometry,
         schedule=rope.schedule,
-        scaling=scaling_type(patched.original.config),
-        length=rope.schedule.target_length(rope.geometry.trained_length),
+        scaling=patched.scaling,
+        length=config.max_position_embeddings,  # type: ignore[union-attr,arg-type]
         pinned_length=rope.pinned_length,
-        attentions=sum(isinstance(module, Rotating) for module in model.modules()),
-        rotary=next(name for name, module in model.named_modules() if module is patched),
-        table_layout=patched.pairing.table,
-        channel_layout=patched.pairing.channels,
+        attentions=sum(kinds.values()),
+        rotary=spots[0].path,
+        table_layout=patched.layout,
+        channel_layout=channels,
         angles=patched.angles,
+        precision=patched.settings["precision"],
+        kinds=_layer_kinds(kinds),
+        written=patched.written,
+    )
+
+
+def _inspect_plain(model: nn.Module) -> Inspection:
+    anatomy = examine(model)
+    site = anatomy.sites[0]
+    kinds: dict[tuple[Any, ...], int] = {}
+    for attention in anatomy.attentions:
+        geometry = site.kind_for(attention.layer_type).geometry
+        key = (attention.layer_type or "all", attention.window, geometry, None)
+        kinds[key] = kinds.get(key, 0) + 1
+    scaled = next((kind for kind in site.kinds if kind.scaling is not None), site.kinds[0])
+    return Inspection(
+        model=type(model).__name__,
+        patched=False,
+        geometry=scaled.geometry,
+        schedule=None,
+        scaling=scaled.scaling,
+        length=site.rotary.config.max_position_embeddings,  # type: ignore[union-attr,arg-type]
+        pinned_length=None,
+        attentions=len(anatomy.attentions),
+        rotary=site.path,
+        table_layout=site.layout,
+        channel_layout=anatomy.functions_of(anatomy.attentions[0])[0].channels,
+        angles="float32",
+        precision="model",
+        kinds=_layer_kinds(kinds),
+        written=None,
+    )
+
+
+def _layer_kinds(counted: dict[tuple[Any, ...], int]) -> tuple[LayerKind, ...]:
+    return tuple(
+        LayerKind(name, layers, window, geometry, schedule)
+        for (name, window, geometry, schedule), layers in counted.items()
     )
 
 
 def depends_on_length(model: nn.Module) -> bool:
     """Whether the model's frequencies depend on the length of the pass: by a patch, or by transformers' own scaling."""
-    if found := find_patched(model):
-        return found[2].rope.schedule.length_dependent and found[2].rope.pinned_length is None
+    if spots := find_patched(model):
+        rope = spots[0].patched.rope
+        return rope.schedule.length_dependent and rope.pinned_length is None
     for module in model.modules():
         rope_type = getattr(module, "rope_type", None)
         types = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)

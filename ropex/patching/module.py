@@ -1,121 +1,164 @@
-"""The module that stands in a patched model where its rotary embedding stood."""
+"""The module that stands in a patched model where a rotary embedding stood."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ropex.kernels import Angles, table
-from ropex.kernels.reference import full_table
-from ropex.patching.tables import Pairing
+from ropex.patching.config import UnsupportedModelError
+from ropex.patching.probe import probe_positions, tables_match
+from ropex.patching.tables import TableLayout
 from ropex.rotary import RotaryEmbedding
 
-__all__ = ["PatchedRotary", "mark_cache", "require_evaluation", "require_one_length"]
+__all__ = ["PatchedRotary"]
 
 
 class PatchedRotary(nn.Module):
-    """Makes the cos and sin that all layers of a model share, in the model's own layout but in float32.
+    """Makes the cos and sin that the layers of a model share: float32, one value per pair.
 
     It keeps what it replaced, so that a copied or unpickled model can still be unpatched. (Its name must not contain
     that of transformers' own class: `from_pretrained` refills modules by name.)
+
+    Args:
+        ropes: the embeddings, by name.
+        tables: for each layer type (None: all) the names of those whose tables its layers get, in order.
+        turning: for an embedding in which some pairs stand still in the model itself, which ones turn, [half].
+        original: what it replaces.
+        layout: of the tables that `original` makes.
+        axes: of multi-axis positions, the axis that each pair follows; None: positions have one axis.
+        angles: `exact`, or `float32` as transformers computes them.
     """
 
     original: nn.Module
 
     def __init__(
         self,
-        rope: RotaryEmbedding,
+        ropes: Mapping[str, RotaryEmbedding],
+        tables: Mapping[str | None, tuple[str, ...]],
+        turning: Mapping[str, tuple[bool, ...]],
         original: nn.Module,
         *,
-        pairing: Pairing,
+        layout: TableLayout,
+        axes: tuple[int, ...] | None,
         angles: Angles,
     ) -> None:
         super().__init__()
-        self.rope = rope
-        self.pairing = pairing
+        self.ropes = nn.ModuleDict(ropes)
+        self.tables = dict(tables)
+        self.turning = dict(turning)
+        self.layout = layout
+        self.axes = axes
         self.angles = angles
         self.hooks: list[RemovableHandle] = []
-        self.max_position_embeddings: int = original.config.max_position_embeddings  # type: ignore[union-attr,assignment]
+        self.undo: list[tuple[Any, str, bool, Any]] = []
+        self.settings: dict[str, Any] = {}
+        self.scaling: str | None = None
+        self.written: str | None = None
+        self.outgrown = "error"
+        self.generating: Any = None
+        self.reentrant = False
         object.__setattr__(self, "original", original)  # not a submodule: nothing may find or save it
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cos and sin, [batch, seq, rotary_dim], for the hidden states x and positions [1 or batch, seq]."""
+    @property
+    def rope(self) -> RotaryEmbedding:
+        """The embedding that follows the patch's schedule; where layer types differ, the first."""
+        name = next((name for name in self.ropes if not name.endswith("kept")), next(iter(self.ropes)))
+        return cast(RotaryEmbedding, self.ropes[name])
+
+    @property
+    def config(self) -> Any:
+        """The config that describes the original, for model code that asks its rotary module."""
+        return self.original.config
+
+    @property
+    def layer_types(self) -> Any:
+        """The layer types that the original has frequencies for, likewise."""
+        return self.original.layer_types
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        """Cos and sin, each [1 or batch, seq, half], for hidden states x and positions [1 or batch, seq].
+
+        Where a layer must choose, they are stacked, [tables, 1 or batch, seq, half]; for models that hand around one
+        complex tensor, cos and sin are stacked in front of that.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.training and self.rope.schedule.augments:  # what is drawn is drawn for each sample
-            position_ids = position_ids.expand(x.shape[0], -1)
-        cos, sin = table(self.rope(position_ids), angles=self.angles, dtype=dtype)
-        return full_table(cos, self.pairing.table), full_table(sin, self.pairing.table)
+        position_ids = position_ids.to(x.device)
+        names = self.tables.get(layer_type) or self.tables[None]
+        made = [self._table(name, x, position_ids, dtype) for name in names]
+        cos, sin = made[0] if len(made) == 1 else (torch.stack(each) for each in zip(*made, strict=True))
+        if self.reentrant and cos.requires_grad and x.requires_grad:
+            cos, sin = _tapped(x, cos, sin)
+        return torch.stack((cos, sin)) if self.layout == "complex" else (cos, sin)
+
+    def pin_length(self, length: int | None, rows: Tensor | None = None) -> None:
+        """Pin the length of every embedding, see `RotaryEmbedding.pin_length`."""
+        for rope in self.ropes.values():
+            cast(RotaryEmbedding, rope).pin_length(length, rows)
+
+    def check(self) -> None:
+        """Raise unless each embedding makes the cos and sin of its schedule, computed in another way."""
+        training = self.training
+        self.eval()
+        for name, rope in self.ropes.items():
+            rope = cast(RotaryEmbedding, rope)
+            device = rope.inv_freq.device
+            if device.type == "meta":
+                break
+            positions = probe_positions(rope.geometry.trained_length).to(device)
+            mask = torch.tensor(self.turning[name], device=device) if name in self.turning else None
+            with torch.no_grad(), torch.device(device):
+                made = self._table(name, torch.zeros((), dtype=torch.float32), positions, torch.float32)
+            exact = self.angles != "float32"
+            same = tables_match(made, positions, rope.geometry, rope.schedule, mask, float32_angles=not exact)
+            if not same:
+                raise UnsupportedModelError(
+                    f"the patched cos and sin are not those of {rope.schedule!r}; please report this with the model's "
+                    "config"
+                )
+        self.train(training)
+
+    def _table(self, name: str, x: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rope = cast(RotaryEmbedding, self.ropes[name])
+        if positions.dim() == 3 and self.axes is not None:
+            axes = [self._table(name, x, each, dtype) for each in positions[: max(self.axes) + 1]]
+            follows = torch.tensor(self.axes, device=x.device)[None, None, None]
+            cos, sin = (torch.stack(each) for each in zip(*axes, strict=True))
+            index = follows.expand(1, *cos.shape[1:])
+            return cos.gather(0, index)[0], sin.gather(0, index)[0]
+        if self.training and rope.schedule.augments:  # what is drawn is drawn for each sample
+            positions = positions.expand(x.shape[0], -1)
+        rotation = rope(positions)
+        if name in self.turning:
+            mask = torch.tensor(self.turning[name], device=x.device)
+            rotation = rotation._replace(inv_freq=rotation.inv_freq * mask)
+        return table(rotation, angles=self.angles, dtype=dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedRotary:
+        was_meta = self.rope.inv_freq.is_meta
         super()._apply(fn, recurse)
         self.original._apply(fn, recurse)  # so that unpatching gives what an unpatched model would have become
+        if was_meta and not self.rope.schedule.learned:  # what is learned is loaded after this
+            self.check()
         return self
 
 
-def require_evaluation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: refuse to go on from a cache while a schedule draws.
+def _tapped(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Leaves in the place of cos and sin, whose gradients go on once, when x has its own.
 
-    Raises:
-        ValueError: the model is in training mode, and its cache not empty: each pass would draw anew.
+    Reentrant checkpointing runs a backward pass for each layer, and each would run through the graph behind cos and
+    sin, which the first one frees. All layers come after x, so that x has its gradient when they are done.
     """
-    rope = _patched_in(module).rope
-    cache = _find_cache((kwargs.get("past_key_values"), *args))
-    seen = cache.get_seq_length() if cache is not None else 0
-    if rope.training and (not isinstance(seen, int) or seen > 0):  # a used static cache gives a tensor
-        raise ValueError(
-            f"cache with tokens in training mode with {rope.schedule!r}: each pass draws its own positions or "
-            "frequencies, which do not fit those of the cache; call model.eval() before generating, or pass "
-            "use_cache=False"
-        )
+    leaves = [each.detach().requires_grad_() for each in (cos, sin)]
 
+    def go_on(grad: Tensor) -> None:
+        reached = [(each, leaf.grad) for each, leaf in zip((cos, sin), leaves, strict=True) if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward([each for each, _ in reached], [gradient for _, gradient in reached])
 
-def require_one_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: refuse a pass whose frequencies would differ from those of the keys in its cache.
-
-    It looks at shapes and at the cache's own count only, never at a tensor's values. A static cache counts in a tensor:
-    that it outgrows the pin is not seen.
-
-    Raises:
-        ValueError: a length-dependent schedule meets a non-empty cache without a pinned length, or one that was filled
-            under another pin, or the context outgrows the pin.
-    """
-    rope = _patched_in(module).rope
-    pinned = rope.pinned_length
-    cache = _find_cache((kwargs.get("past_key_values"), *args))
-    seen = cache.get_seq_length() if cache is not None else 0
-    filled = getattr(cache, "ropex_pinned_length", None)
-    counted = isinstance(seen, int)  # an unused static cache says 0, a used one gives a tensor
-    if cache is not None and counted and seen == 0:
-        cache.ropex_pinned_length = pinned
-    elif cache is not None and (pinned is None or filled != pinned):
-        raise ValueError(
-            f"cache with {seen if counted else 'its'} tokens filled under pin_length({filled}), now "
-            f"pin_length({pinned}), with {rope.schedule!r}: its keys were rotated for another context length than this "
-            "pass would be; pin one length before the cache is filled and keep it, as in "
-            "`with patch.pin_length(prompt + new tokens):`, or pass use_cache=False"
-        )
-    inputs = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None), None)
-    if pinned is not None and counted and isinstance(inputs, Tensor) and seen + inputs.shape[1] > pinned:
-        raise ValueError(
-            f"context of {seen + inputs.shape[1]} tokens under pin_length({pinned}): must not outgrow the pinned "
-            "length; pin the tokens of the prompt plus those to be generated, and start from an empty cache"
-        )
-
-
-def mark_cache(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook: note on the cache that a pass filled under which pinned length it did."""
-    cache = _find_cache(output.values() if isinstance(output, dict) else output)
-    if cache is not None:
-        cache.ropex_pinned_length = _patched_in(module).rope.pinned_length
-
-
-def _patched_in(module: nn.Module) -> PatchedRotary:
-    return next(child for child in module.children() if isinstance(child, PatchedRotary))
-
-
-def _find_cache(values: Iterable[Any]) -> Any:
-    return next((value for value in values if hasattr(value, "get_seq_length")), None)
+    x.register_hook(go_on)
+    return leaves[0], leaves[1]

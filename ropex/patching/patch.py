@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
 from torch import nn
 
-from ropex._checks import require_choice, require_int
+from ropex._checks import require_choice
 from ropex.kernels import Angles
+from ropex.patching import files
 from ropex.patching.config import own_configs
-from ropex.patching.detect import Site, check_in_effect, find_patched, find_site
-from ropex.patching.module import PatchedRotary, mark_cache, require_evaluation, require_one_length
-from ropex.patching.swap import Rotating, rotating_class
-from ropex.rotary import RotaryEmbedding
-from ropex.scaling import FrequencySchedule, schedule_for
+from ropex.patching.detect import examine, find_patched
+from ropex.patching.generation import (
+    Pinning,
+    can_pin,
+    mark_cache,
+    note_reentrant,
+    pinning_class,
+    require_evaluation,
+    require_one_length,
+)
+from ropex.patching.module import PatchedRotary
+from ropex.patching.plan import Plan, plan_for
+from ropex.patching.swap import Rotating, rotating_class, swap_class
+from ropex.scaling import FrequencySchedule
 
-__all__ = ["Patch", "patch", "unpatch"]
+__all__ = ["OnScaled", "Patch", "Precision", "Sliding", "load", "patch", "unpatch"]
+
+OnScaled = Literal["error", "replace", "keep"]
+Sliding = Literal["keep", "scale"]
+Precision = Literal["model", "float32"]
+Outgrown = Literal["error", "reprefill"]
+
+# Not in the model: copies and pickles of it have nothing to do with the tokenizer.
+_TOKENIZERS: weakref.WeakKeyDictionary[PatchedRotary, tuple[Any, int]] = weakref.WeakKeyDictionary()
 
 
 class Patch:
@@ -45,25 +65,45 @@ class Patch:
         self._require_in_effect()
         unpatch(self.model)
 
-    def pin_length(self, length: int | None) -> ExitStack:
+    def pin_length(self, length: int | None, *, outgrown: Outgrown = "error") -> ExitStack:
         """Serve every pass as part of a context of `length` tokens, until another call, or the end of a `with` block.
 
-        A length-dependent schedule needs it for generation, since cached keys keep the frequencies they were made with;
-        a static one is the same at every length.
+        `generate` pins the prompt plus the new tokens by itself, each row of a padded batch its own. Pin by hand to
+        decode by hand, to keep a cache from one generation to the next, or to generate at a length of your choice. A
+        static method is the same at every length.
 
         Args:
             length: tokens of the prompt plus those to be generated; None: the length that each pass shows.
+            outgrown: what to do with a context that outgrows the pin: `error`; or `reprefill`, with which `generate`
+                pins twice the length and begins anew with all tokens so far as its prompt.
 
         Example:
             >>> with patch.pin_length(32768):  # doctest: +SKIP
-            ...     model.generate(**inputs, max_new_tokens=256)
+            ...     cache = model(prompt, use_cache=True).past_key_values
         """
         self._require_in_effect()
-        rope = self._patched.rope
+        require_choice("outgrown", outgrown, get_args(Outgrown))
+        spots = find_patched(self.model)
+        before = self._patched.rope.pinned_length, self._patched.outgrown
+
+        def pin(length: int | None, outgrown: str) -> None:
+            for spot in spots:
+                spot.patched.pin_length(length)
+                spot.patched.outgrown = outgrown
+
         stack = ExitStack()
-        stack.callback(rope.pin_length, rope.pinned_length)
-        rope.pin_length(length)
+        stack.callback(pin, *before)
+        pin(length, outgrown)
         return stack
+
+    def save(self, directory: str | Path) -> None:
+        """Write `ropex.json`, and `ropex.safetensors` with what the method has learned, for `ropex.load`.
+
+        Raises:
+            ValueError: the patch was removed, or its schedule is your own class, which no file can name.
+        """
+        self._require_in_effect()
+        files.save(self.model, directory)
 
     def __enter__(self) -> Patch:
         return self
@@ -75,8 +115,7 @@ class Patch:
             self.remove()
 
     def _in_effect(self) -> bool:
-        found = find_patched(self.model)
-        return found is not None and found[2] is self._patched
+        return any(spot.patched is self._patched for spot in find_patched(self.model))
 
     def _require_in_effect(self) -> None:
         if not self._in_effect():
@@ -88,12 +127,15 @@ class Patch:
 
 def patch(
     model: nn.Module,
-    method: str | FrequencySchedule = "yarn",
+    method: str | FrequencySchedule | None = None,
     factor: float | Literal["auto"] | None = None,
     length: int | None = None,
     *,
     angles: Angles = "exact",
-    on_scaled: str = "error",
+    precision: Precision = "model",
+    sliding: Sliding = "keep",
+    on_scaled: OnScaled = "error",
+    tokenizer: Any = None,
     seed: int = 0,
     data_rank: int | None = None,
     **options: Any,
@@ -104,16 +146,25 @@ def patch(
     error, and an error leaves the model as it was. Other models in the process are untouched. Angles are exact, the
     rotation is float32 whatever the model's dtype, and the frequencies survive `.to(torch.bfloat16)` (what a learned
     method has learned is rounded with its weights).
-    `config.max_position_embeddings` becomes the target length, on a copy of the config that this model then owns.
+
+    The config, on a copy that this model then owns, gets the target length, and the method where a config can say it:
+    then `save_pretrained` writes a checkpoint that plain transformers loads with the same logits. All is put back by
+    `remove()`.
 
     Args:
         model: a transformers model, or one that contains it; the outermost one at hand, whose config shall tell.
-        method: a name from `ropex.methods()`, or a schedule.
+        method: a name from `ropex.methods()`, or a schedule; `yarn` by default.
         factor: target length / pretraining length, >= 1. (For `dynamic_ntk`: its own factor; for `e2llm` also "auto".)
         length: the target length in tokens, instead of the factor.
         angles: `exact`; or `float32`, transformers' own arithmetic bit for bit.
-        on_scaled: what to do with a model whose config already carries a scaling: `error`, or `replace` it, counting
-            from the pretraining length.
+        precision: `model`; or `float32`: rotated queries and keys stay float32, and attention computes in it, so that
+            scores depend on relative positions alone also in a bfloat16 model. Slower, and its cache is twice as large.
+        sliding: what to do with layers whose window ends within the trained length: `keep` the angles that the model
+            gives them, which no longer context can take out of their range, or `scale` them like the others.
+        on_scaled: what to do with a model whose config already carries a scaling: `error`; `replace` it, counting from
+            the pretraining length; or `keep` the method that it carries, with its options, widened to the factor or
+            length if one is given.
+        tokenizer: its `model_max_length` becomes the target length, until `remove()`.
         seed: of what a method draws in training (`clex`, `e2llm`, `pose`, `random_positions`).
         data_rank: this process's rank among those that train on different data; None: its rank in `torch.distributed`.
         options: the method's other options, see its class.
@@ -130,40 +181,54 @@ def patch(
         Patch(LlamaForCausalLM, YaRN(factor=8, ...))
     """
     require_choice("angles", angles, get_args(Angles))
-    require_choice("on_scaled", on_scaled, ("error", "replace"))
+    require_choice("precision", precision, get_args(Precision))
+    require_choice("sliding", sliding, get_args(Sliding))
+    require_choice("on_scaled", on_scaled, get_args(OnScaled))
     model_name = type(model).__name__
     if found := find_patched(model):
         raise ValueError(
-            f"{model_name} is already patched with {found[2].rope.schedule!r}: must be unpatched; "
+            f"{model_name} is already patched with {found[0].patched.rope.schedule!r}: must be unpatched; "
             "call ropex.unpatch(model) first"
         )
-    site = find_site(model)
-    if site.scaling is not None:
-        _require_replaceable(model_name, site, on_scaled)
-    schedule = schedule_for(method, site.geometry.trained_length, factor=factor, length=length, **options)
-    with site.rotary.get_buffer("inv_freq").device:
-        rope = RotaryEmbedding(site.geometry, schedule, seed=seed, data_rank=data_rank)
-    patched = PatchedRotary(rope, site.rotary, pairing=site.pairing, angles=angles)
-    check_in_effect(patched.eval())
-    patched.train(site.owner.training)
+    if tokenizer is not None and not isinstance(getattr(tokenizer, "model_max_length", None), int):
+        raise ValueError(f"tokenizer={tokenizer!r}: must have a model_max_length; pass the model's tokenizer")
+    settings = {"angles": angles, "precision": precision, "sliding": sliding, "on_scaled": on_scaled, "seed": seed}
+    plan = plan_for(model, examine(model), method, factor, length, options, settings | {"data_rank": data_rank})
+    return _apply(model, plan, tokenizer)
 
-    target = schedule.target_length(site.geometry.trained_length)
-    require_int("target_length", target, minimum=1, remedy=f"mend {type(schedule).__name__}.target_length")
-    classes = [rotating_class(type(attention), function, site.pairing) for attention, function in site.attentions]
+
+def _apply(model: nn.Module, plan: Plan, tokenizer: Any) -> Patch:
+    """Do what was planned; whatever can fail comes first."""
+    first = plan.rotaries[0]
+    schedule = first.rope.schedule
+    classes = [(module, rotating_class(swap)) for module, swap in plan.swaps]
+    if schedule.length_dependent:
+        classes += [(module, pinning_class(type(module))) for module in model.modules() if can_pin(module)]
+    for patched in plan.rotaries:
+        patched.check()
     configs = own_configs(model)
     # Nothing has been changed so far, and nothing below can fail.
-    for module, config in configs:
-        module.__dict__["config"] = config
-    for (attention, _), cls in zip(site.attentions, classes, strict=True):
-        attention.__class__ = cls
-    setattr(site.owner, site.name, patched)
-    _set_max_length(patched, target)
+    for module, name, config in configs:
+        module.__dict__[name] = config
+    for (owner, name, training), patched in zip(plan.places, plan.rotaries, strict=True):
+        setattr(owner, name, patched.train(training))
+    for target, name, value in plan.changes(model):
+        first.undo.append((target, name, hasattr(target, name), getattr(target, name, None)))
+        setattr(target, name, value)
+    for module, cls in classes:
+        swap_class(module, cls)
+    if tokenizer is not None and tokenizer.model_max_length < plan.target:
+        _TOKENIZERS[first] = (tokenizer, tokenizer.model_max_length)
+        tokenizer.model_max_length = plan.target
+    owner, hooks = plan.owner, first.hooks
     if schedule.augments:
-        patched.hooks.append(site.owner.register_forward_pre_hook(require_evaluation, with_kwargs=True))
+        hooks.append(owner.register_forward_pre_hook(require_evaluation, with_kwargs=True))
+    if schedule.learned:
+        hooks.append(owner.register_forward_pre_hook(note_reentrant))
     if schedule.length_dependent:
-        patched.hooks.append(site.owner.register_forward_pre_hook(require_one_length, with_kwargs=True))
-        patched.hooks.append(site.owner.register_forward_hook(mark_cache))
-    return Patch(model, patched)
+        hooks.append(owner.register_forward_pre_hook(require_one_length, with_kwargs=True))
+        hooks.append(owner.register_forward_hook(mark_cache, with_kwargs=True))
+    return Patch(model, first)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -172,35 +237,47 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched.
     """
-    owner, name, patched = _require_patched(model)
-    for hook in patched.hooks:
-        hook.remove()
-    _set_max_length(patched, patched.max_position_embeddings)
-    setattr(owner, name, patched.original)
+    spots = find_patched(model)
+    if not spots:
+        raise ValueError(
+            f"{type(model).__name__} is not patched: must carry a ropex patch; call ropex.patch(model) first"
+        )
+    for spot in spots:
+        for hook in spot.patched.hooks:
+            hook.remove()
+        for target, name, existed, value in reversed(spot.patched.undo):
+            if existed:
+                setattr(target, name, value)
+            elif name in vars(target):
+                delattr(target, name)
+        if (tokenizer := _TOKENIZERS.pop(spot.patched, None)) is not None:
+            tokenizer[0].model_max_length = tokenizer[1]
+        setattr(spot.owner, spot.name, spot.patched.original)
     for module in model.modules():
         if isinstance(module, Rotating):
-            module.__class__ = module.ropex_made_from[0]
+            swap_class(module, module.ropex_made_from.base)
+        elif isinstance(module, Pinning):
+            swap_class(module, module.ropex_made_from)
 
 
-def _require_replaceable(model_name: str, site: Site, on_scaled: str) -> None:
-    carries = f'{model_name}\'s config already carries a scaling of the type "{site.scaling}"'
-    if on_scaled == "error":
-        raise ValueError(
-            f'{carries}: scaling twice is rarely meant; pass on_scaled="replace" to count from the pretraining length, '
-            "or remove the scaling from the config and load the model anew"
-        )
-    if not site.length_known:
-        raise ValueError(
-            f"{carries} and does not tell the pretraining length, which replacing it needs; "
-            "set config.original_max_position_embeddings"
-        )
+def load(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> Patch:
+    """Patch a model the way that `Patch.save` wrote down, with what the method had learned.
 
+    Args:
+        model: the base model, not patched.
+        directory: where `ropex.json` lies.
+        tokenizer: as in `patch`.
 
-def _set_max_length(patched: PatchedRotary, length: int) -> None:
-    patched.original.config.max_position_embeddings = length  # type: ignore[union-attr]  # the config that all share
-
-
-def _require_patched(model: nn.Module) -> tuple[nn.Module, str, PatchedRotary]:
-    if found := find_patched(model):
-        return found
-    raise ValueError(f"{type(model).__name__} is not patched: must carry a ropex patch; call ropex.patch(model) first")
+    Raises:
+        ValueError: files that are missing, damaged, changed, of a newer format or not of ropex, or of a model of
+            another geometry.
+    """
+    saved = files.read(directory)
+    plain = {name: value for name, value in saved.settings.items() if name != "data_rank"}
+    made = patch(model, saved.schedule, tokenizer=tokenizer, **{**plain, "on_scaled": "replace"})
+    try:
+        files.restore(model, saved)
+    except ValueError:
+        made.remove()
+        raise
+    return made

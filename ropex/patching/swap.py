@@ -2,8 +2,8 @@
 
 An attention's forward finds its rotary function as a global of its modeling file. Each instance to be patched gets a
 generated subclass whose forward is the same code over other globals: those of a shadow module, a copy of the modeling
-file's namespace with the one function replaced. A class, because torch.compile guards on the type of a module and not
-on methods bound to an instance (two patched models in one process would get each other's graph); a module in
+file's namespace with the rotary functions replaced. A class, because torch.compile guards on the type of a module and
+not on methods bound to an instance (two patched models in one process would get each other's graph); a module in
 `sys.modules`, because the compiler looks a function's globals up by their module's name. The copy is made at the first
 patch: what others bind in the modeling file later does not reach patched models.
 """
@@ -15,95 +15,135 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from ropex.kernels import Order, rotate_with_table
-from ropex.kernels.reference import half_table
-from ropex.patching.tables import Pairing
+from ropex.patching import float32
+from ropex.patching.probe import rotated
+from ropex.patching.tables import RotaryFunction
 
-__all__ = ["Rotating", "rotary_function_name", "rotating_class"]
+__all__ = ["Rotating", "Swap", "generated_class", "rotating_class", "swap_class", "unswap_class"]
 
-_PREFIX = "apply_rotary"
+
+class Swap(NamedTuple):
+    """What a generated attention class is made from.
+
+    Attributes:
+        base: the class that it stands for.
+        functions: the rotary functions that its forward calls.
+        table: which of the tables that the rotary module hands over is this attention's; None: it hands over one.
+        half: the pairs that turn, so that tables of another width are noticed.
+        float32: whether rotated queries and keys stay float32, and attention runs in it.
+    """
+
+    base: type[Any]
+    functions: tuple[RotaryFunction, ...]
+    table: int | None
+    half: int
+    float32: bool
 
 
 class Rotating:
     """Marks the generated attention classes; last in their method resolution order."""
 
-    ropex_made_from: tuple[type[Any], str, Pairing]
+    ropex_made_from: Swap
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is generated, so pickle cannot find it by name: name what generates it.
-        return _new, self.ropex_made_from, self.__dict__.copy()
+        return _new, (self.ropex_made_from,), self.__dict__.copy()
 
 
-def _new(base: type[Any], function: str, pairing: Pairing) -> Any:
-    return object.__new__(rotating_class(base, function, pairing))
+def _new(swap: Swap) -> Any:
+    return object.__new__(rotating_class(swap))
 
 
-def rotary_function_name(cls: type[nn.Module]) -> str | None:
-    """The global by which the class's forward calls its rotary function; None where it calls none."""
-    forward = inspect.unwrap(cls.forward)
-    code = getattr(forward, "__code__", None)
-    if code is None:
-        return None
-    named = [name for name in code.co_names if name.startswith(_PREFIX)]
-    return next((name for name in named if callable(forward.__globals__.get(name))), None)
+def swap_class(module: nn.Module, cls: type[Any]) -> None:
+    """Make a module an instance of a class that is generated from its own."""
+    _rebind(module, cls)
+    module.__class__ = cls
 
 
-def rotating_function(original: Callable[..., Any], pairing: Pairing) -> Callable[..., Any]:
-    """`rotate_with_table` with the signature of a modeling file's rotary function."""
+def unswap_class(module: nn.Module, base: type[Any]) -> None:
+    _rebind(module, base)
+    module.__class__ = base
+
+
+def _rebind(module: nn.Module, cls: type[Any]) -> None:
+    """accelerate's hooks keep the forward that they wrap on the instance: theirs follows the class."""
+    for name in ("_old_forward", "forward"):
+        bound = vars(module).get(name)
+        if getattr(bound, "__func__", None) is type(module).forward:
+            setattr(module, name, types.MethodType(cls.forward, module))
+
+
+def generated_class(base: type[Any], mixin: type[Any], namespace: dict[str, Any], *, first: bool = False) -> type[Any]:
+    """A class that passes for its base, name and all, with a marker among its bases."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    bases = (mixin, base) if first else (base, mixin)
+    return types.new_class(base.__name__, bases, {}, lambda body: body.update({**names, **namespace}))
+
+
+def rotating_function(original: Callable[..., Any], how: RotaryFunction, swap: Swap) -> Callable[..., Any]:
+    """ropex's rotation with the signature of a modeling file's rotary function."""
     parameters = inspect.signature(original).parameters
-    optional = list(parameters)[4:]
-    default_axis = parameters["unsqueeze_dim"].default if "unsqueeze_dim" in parameters else 1
+    tensors = {"single": 3, "pair": 4, "complex": 3}[how.style]
+    optional = list(parameters)[tensors:]
+    default_axis = parameters["unsqueeze_dim"].default if "unsqueeze_dim" in parameters else None
+    orders = {1: "bhsd", 2: "bshd", None: how.order}
+    settings: dict[str, Any] = {"out_dtype": torch.float32} if swap.float32 else {}
 
-    def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def rotate(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, args: tuple[Any, ...], kwargs: Any) -> Any:
+        if cos.shape[-1] != swap.half:
+            raise RuntimeError(
+                f"{swap.base.__name__} was given cos {tuple(cos.shape)}, not the patch's [..., {swap.half}]: something "
+                "put another rotary module in its place; patch the model anew"
+            )
+        if swap.table is not None:
+            cos, sin = cos[swap.table], sin[swap.table]
         options = dict(zip(optional, args, strict=False)) | kwargs
-        order: Order = "bhsd" if options.get("unsqueeze_dim", default_axis) == 1 else "bshd"
-        cos, sin = half_table(cos, pairing.table), half_table(sin, pairing.table)
-        return rotate_with_table(q, k, cos, sin, layout=pairing.channels, order=order)
+        order = orders[options.get("unsqueeze_dim", default_axis)]
+        return rotated(how, q, k, cos, sin, order=order, **settings)
 
-    return apply_rotary
+    def apply_pair(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = rotate(q, k, cos, sin, args, kwargs)
+        return out if k is not None else (out, None)
 
+    def apply_single(x: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return rotate(x, None, cos, sin, args, kwargs)
 
-# The identity of a class is the point: one per attention class, function and pairing.
-_CLASSES: dict[tuple[type[Any], str, Pairing], type[Any]] = {}
+    def apply_complex(q: Tensor, k: Tensor, freqs_cis: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cos, sin = freqs_cis.unbind(0)
+        return rotate(q, k, cos, sin, args, kwargs)
 
-
-def rotating_class(base: type[Any], function: str, pairing: Pairing) -> type[Any]:
-    """The subclass of an attention class that rotates by ropex where the base calls the global `function`."""
-    made_from = (base, function, pairing)
-    if made_from not in _CLASSES:
-        _CLASSES[made_from] = _make_class(*made_from)
-    return _CLASSES[made_from]
+    return {"pair": apply_pair, "single": apply_single, "complex": apply_complex}[how.style]
 
 
-def _make_class(base: type[Any], function: str, pairing: Pairing) -> type[Any]:
-    forward = inspect.unwrap(base.forward)
-    shadow = _shadow_module(forward.__globals__["__name__"], function, pairing)
+@functools.cache  # the identity of a class is the point
+def rotating_class(swap: Swap) -> type[Any]:
+    """The subclass of an attention class that rotates by ropex where the base calls its rotary functions."""
+    forward = inspect.unwrap(swap.base.forward)
+    shadow = _shadow_module(forward.__globals__["__name__"], swap)
     copied = types.FunctionType(
         forward.__code__, shadow.__dict__, forward.__name__, forward.__defaults__, forward.__closure__
     )
     copied.__kwdefaults__ = forward.__kwdefaults__
     functools.update_wrapper(copied, forward)
     del copied.__wrapped__  # type: ignore[attr-defined]  # it is no wrapper
-    namespace = {
-        "forward": copied,
-        "ropex_made_from": (base, function, pairing),
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    return types.new_class(base.__name__, (base, Rotating), {}, lambda body: body.update(namespace))
+    return generated_class(swap.base, Rotating, {"forward": copied, "ropex_made_from": swap})
 
 
-def _shadow_module(name: str, function: str, pairing: Pairing) -> types.ModuleType:
-    shadow_name = f"ropex_shadow.{function}.{pairing.table}.{pairing.channels}.{name}"
+def _shadow_module(name: str, swap: Swap) -> types.ModuleType:
+    functions = ".".join("-".join(map(str, how)) for how in swap.functions)
+    table = "all" if swap.table is None else swap.table
+    shadow_name = f"ropex_shadow.{functions}.{table}.{swap.half}.{swap.float32}.{name}"
     if shadow_name not in sys.modules:
         original = sys.modules[name]
         shadow = types.ModuleType(shadow_name)
-        replaced = rotating_function(getattr(original, function), pairing)
-        shadow.__dict__.update({**original.__dict__, "__name__": shadow_name, function: replaced})
+        replaced = {how.name: rotating_function(getattr(original, how.name), how, swap) for how in swap.functions}
+        if swap.float32:
+            replaced |= float32.interfaces(original)
+        shadow.__dict__.update({**original.__dict__, "__name__": shadow_name, **replaced})
         sys.modules[shadow_name] = shadow
     return sys.modules[shadow_name]

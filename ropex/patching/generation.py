@@ -1,0 +1,236 @@
+"""One length per generation: what a cache and a length-dependent schedule need of each other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ropex.patching.module import PatchedRotary
+from ropex.patching.swap import generated_class
+
+__all__ = [
+    "Pinning",
+    "can_pin",
+    "mark_cache",
+    "note_reentrant",
+    "pinning_class",
+    "require_evaluation",
+    "require_one_length",
+]
+
+
+# --- hooks on the module that runs the layers -------------------------------------------------------------------------
+
+
+def require_evaluation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: refuse to go on from a cache while a schedule draws.
+
+    Raises:
+        ValueError: the model is in training mode, and its cache not empty: each pass would draw anew.
+    """
+    rope = patched_in(module)[0].rope
+    cache = _find_cache((kwargs.get("past_key_values"), *args))
+    if rope.training and _tokens_in(cache) != 0:
+        raise ValueError(
+            f"cache with tokens in training mode with {rope.schedule!r}: each pass draws its own positions or "
+            "frequencies, which do not fit those of the cache; call model.eval() before generating, or pass "
+            "use_cache=False"
+        )
+
+
+def require_one_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: refuse a pass whose frequencies would differ from those of the keys in its cache.
+
+    It looks at shapes and counts only, never at a tensor's values. What a compiled pass puts in a static cache, which
+    counts in a tensor, is not counted.
+
+    Raises:
+        ValueError: a length-dependent schedule meets a non-empty cache without a pinned length, or one that was filled
+            under another pin, or the context outgrows the pin.
+    """
+    rope = patched_in(module)[0].rope
+    pinned = rope.pinned_length
+    cache = _find_cache((kwargs.get("past_key_values"), *args))
+    seen = _tokens_in(cache)
+    filled = getattr(cache, "ropex_pinned_length", None)
+    if cache is not None and seen == 0:
+        cache.ropex_pinned_length = pinned
+    elif cache is not None and (pinned is None or filled != pinned):
+        raise ValueError(
+            f"cache with {'its' if seen is None else seen} tokens filled under pin_length({filled}), now "
+            f"pin_length({pinned}), with {rope.schedule!r}: its keys were rotated for another context length than this "
+            "pass would be; pin one length before the cache is filled and keep it, as in "
+            "`with patch.pin_length(prompt + new tokens):`, or pass use_cache=False"
+        )
+    tokens = _tokens_given(args, kwargs)
+    if pinned is not None and seen is not None and tokens is not None and seen + tokens > pinned:
+        raise ValueError(
+            f"context of {seen + tokens} tokens under pin_length({pinned}): must not outgrow the pinned length; pin "
+            "the tokens of the prompt plus those to be generated and start from an empty cache, or let generate do "
+            'that: without a pin it pins by itself, and under pin_length(n, outgrown="reprefill") it begins anew with a '
+            "longer one"
+        )
+
+
+def mark_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook: note on the cache under which pinned length a pass filled it, and how many tokens it holds."""
+    cache = _find_cache(output.values() if isinstance(output, dict) else output)
+    if cache is not None:
+        cache.ropex_pinned_length = patched_in(module)[0].rope.pinned_length
+        if not torch.compiler.is_compiling():
+            cache.ropex_tokens = getattr(cache, "ropex_tokens", 0) + (_tokens_given(args, kwargs) or 0)
+
+
+def note_reentrant(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: whether layers are checkpointed the reentrant way, which learned frequencies must know."""
+    functions = [
+        getattr(child, "_gradient_checkpointing_func", None)
+        for child in module.modules()
+        if getattr(child, "gradient_checkpointing", False)
+    ]
+    reentrant = any(getattr(each, "keywords", {}).get("use_reentrant", False) for each in functions)
+    for patched in patched_in(module):
+        patched.reentrant = reentrant and module.training
+
+
+def patched_in(module: nn.Module) -> list[PatchedRotary]:
+    """The patch's modules in a model; those that hold the schedule first."""
+    return [child for child in module.modules() if isinstance(child, PatchedRotary)]
+
+
+def _find_cache(values: Iterable[Any]) -> Any:
+    return next((value for value in values if hasattr(value, "get_seq_length")), None)
+
+
+def _tokens_in(cache: Any) -> int | None:
+    """The tokens in a cache; None where only a tensor knows."""
+    seen = cache.get_seq_length() if cache is not None else 0
+    return seen if isinstance(seen, int) else getattr(cache, "ropex_tokens", None)
+
+
+def _tokens_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+    return next((x.shape[1] for x in inputs if isinstance(x, Tensor)), None)
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+class Pinning:
+    """Marks the generated class of a model whose `generate` pins the length of each generation by itself."""
+
+    ropex_made_from: type[Any]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _new, (self.ropex_made_from,), self.__dict__.copy()
+
+
+def _new(base: type[Any]) -> Any:
+    return object.__new__(pinning_class(base))
+
+
+def can_pin(module: nn.Module) -> bool:
+    return hasattr(module, "generate") and hasattr(module, "_prepare_generated_length")
+
+
+@functools.cache
+def pinning_class(base: type[Any]) -> type[Any]:
+    """The subclass of a model's class that pins prompt plus new tokens while it generates."""
+
+    @functools.wraps(base.generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched = patched_in(self)
+        if patched[0].rope.pinned_length is None:
+            with _generating(patched, {"mask": kwargs.get("attention_mask")}):
+                return base.generate(self, *args, **kwargs)
+        if patched[0].outgrown == "reprefill":
+            return _generate_in_stretches(functools.partial(base.generate, self), patched, args, kwargs)
+        return base.generate(self, *args, **kwargs)
+
+    @functools.wraps(base._prepare_generated_length)
+    def prepare(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        config = base._prepare_generated_length(self, generation_config, *args, **kwargs)
+        patched = patched_in(self)
+        if (run := patched[0].generating) is not None:
+            names = ("has_default_max_length", "has_default_min_length", "model_input_name", "input_ids_length")
+            given = dict(zip((*names, "inputs_tensor"), args, strict=False)) | kwargs
+            _note_length(patched, run, config, given)
+        return config
+
+    return generated_class(
+        base, Pinning, {"generate": generate, "_prepare_generated_length": prepare, "ropex_made_from": base}
+    )
+
+
+@contextmanager
+def _generating(patched: list[PatchedRotary], run: dict[str, Any]) -> Iterator[None]:
+    """While this lasts, the model's own preparation of a generation says how long it will be."""
+    pinned = patched[0].rope.pinned_length
+    for each in patched:
+        each.generating = run
+    try:
+        yield
+    finally:
+        for each in patched:
+            each.generating = None
+            each.pin_length(pinned)
+
+
+def _note_length(patched: list[PatchedRotary], run: dict[str, Any], config: Any, given: dict[str, Any]) -> None:
+    """Pin the length of a generation that begins, or end it where the pin ends."""
+    total, rows, mask = config.max_length, None, run.get("mask")
+    if given["model_input_name"] == "inputs_embeds":  # the limit counts token ids, and these are none
+        total += given["inputs_tensor"].shape[1] - given["input_ids_length"]
+    if "until" in run:
+        run |= {"wanted": total, "eos": config.eos_token_id, "pad": config.pad_token_id}
+        config.max_length -= max(total - run["until"], 0)
+        return
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        rows = mask.sum(dim=-1) + (total - mask.shape[1])  # padding is no context
+    for each in patched:
+        each.pin_length(total, rows)
+
+
+def _generate_in_stretches(
+    generate: Callable[..., Any], patched: list[PatchedRotary], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """Generate up to the pinned length; then pin twice as much and begin anew with all tokens so far as the prompt."""
+    inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    beyond = ("streamer", "return_dict_in_generate", "past_key_values", "assistant_model", "inputs_embeds")
+    if (kwargs.get("num_beams") or 1) > 1 or not isinstance(inputs, Tensor) or any(kwargs.get(name) for name in beyond):
+        raise ValueError(
+            f'generate under pin_length({patched[0].rope.pinned_length}, outgrown="reprefill"): must be given token '
+            f"ids alone, without beams, {', '.join(beyond)}; leave them out, or pin a length that suffices"
+        )
+    options = {name: value for name, value in kwargs.items() if name not in ("inputs", "input_ids", "attention_mask")}
+    mask = kwargs.get("attention_mask")
+    mask = torch.ones_like(inputs) if mask is None else mask
+    sequences, active = inputs, torch.arange(inputs.shape[0], device=inputs.device)
+    while True:
+        run: dict[str, Any] = {"until": patched[0].rope.pinned_length}
+        with _generating(patched, run):
+            grown = generate(sequences[active], attention_mask=mask[active], **options)
+        repeats = grown.shape[0] // len(active)
+        if repeats > 1:  # num_return_sequences: from here on each is a row of its own
+            sequences, mask = (each.repeat_interleave(repeats, dim=0) for each in (sequences, mask))
+            active = torch.arange(len(sequences), device=inputs.device)
+            options.pop("num_return_sequences")
+        new = grown.shape[1] - sequences.shape[1]
+        pad = torch.full((len(sequences), new), run["pad"] or 0, dtype=sequences.dtype, device=sequences.device)
+        sequences = torch.cat((sequences, pad), dim=1)
+        sequences[active] = grown
+        mask = torch.cat((mask, mask.new_ones(len(mask), new)), dim=1)
+        ends = torch.as_tensor(run["eos"] if run["eos"] is not None else [], device=sequences.device).flatten()
+        ended = torch.isin(sequences[active][:, inputs.shape[1] :], ends).any(dim=1)
+        active = active[~ended]
+        if sequences.shape[1] >= run["wanted"] or len(active) == 0 or sequences.shape[1] < run["until"]:
+            return sequences
+        options = {**options, "max_length": run["wanted"]}
+        options.pop("max_new_tokens", None)
+        for each in patched:
+            each.pin_length(min(2 * run["until"], run["wanted"]))

@@ -1,0 +1,151 @@
+"""Schedules as transformers writes them in a config: read from there, and written there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ropex._checks import require_int
+from ropex.patching.config import rope_parameters, scaling_type
+from ropex.rotation import Geometry, Request
+from ropex.scaling import (
+    DynamicNTK,
+    FrequencySchedule,
+    Llama3,
+    LongRoPE,
+    PositionInterpolation,
+    Unscaled,
+    YaRN,
+)
+
+__all__ = ["frozen_frequencies", "own_schedule", "written"]
+
+_STANDS_STILL = 1e30  # the factor of a pair that does not turn: JSON has no infinity
+
+
+def own_schedule(config: Any, geometry: Geometry, layer_type: str | None = None) -> FrequencySchedule | None:
+    """The schedule of the scaling that the config carries, counted from the pretraining length; None: not known.
+
+    It follows transformers: a missing `factor` is the ratio of the lengths, `attention_factor` replaces the amplitude.
+    """
+    parameters = rope_parameters(config, layer_type)
+    kind = scaling_type(config, layer_type)
+    get = parameters.get
+    factor = get("factor") or config.max_position_embeddings / geometry.trained_length
+    if kind is None:
+        return Unscaled()
+    if kind == "linear":
+        return PositionInterpolation(factor=factor)
+    if kind == "dynamic":
+        return DynamicNTK(factor=factor)
+    if kind == "llama3":
+        return Llama3(factor, low_freq_factor=get("low_freq_factor"), high_freq_factor=get("high_freq_factor"))
+    if kind == "longrope":
+        short, long = (tuple(get(name)) for name in ("short_factor", "long_factor"))
+        return LongRoPE(factor, short_factors=short, long_factors=long, amplitude=get("attention_factor"))
+    if kind == "yarn":
+        betas = {"beta_fast": get("beta_fast") or 32.0, "beta_slow": get("beta_slow") or 1.0}
+        options: dict[str, Any] = {"truncate": get("truncate", True), "amplitude": get("attention_factor")}
+        if options["amplitude"] is None and get("mscale") and get("mscale_all_dim"):
+            options |= {"mscale": get("mscale"), "mscale_all_dim": get("mscale_all_dim")}
+        return YaRN(factor, **betas, **options)
+    return None
+
+
+def frozen_frequencies(
+    schedule: FrequencySchedule, geometry: Geometry, length: int | None = None
+) -> tuple[list[float], float]:
+    """The inverse frequencies, radians per token, and the amplitude that a schedule has in evaluation, at one length.
+
+    Args:
+        length: in tokens; None: the schedule must have the same ones at every length.
+
+    Raises:
+        ValueError: they depend on the length and none is given, or on the position.
+    """
+    if length is not None:
+        require_int("length", length, minimum=1, remedy="pass a context length in tokens")
+    elif schedule.length_dependent:
+        raise ValueError(
+            f"{schedule!r} has other frequencies at every length, and a config has one list: pass the length in tokens "
+            "that they shall be frozen at"
+        )
+    with torch.no_grad(), torch.device("cpu"):
+        positions = torch.arange(4)[None]
+        request = Request(
+            geometry, positions, torch.tensor([length or schedule.target_length(geometry.trained_length)])
+        )
+        rotation = schedule.rotation(request)
+    rows = rotation.inv_freq.reshape(-1, geometry.dim // 2)
+    if not torch.equal(rotation.positions, positions) or not torch.equal(rows, rows[:1].expand_as(rows)):
+        raise ValueError(
+            f"{schedule!r} gives tokens other positions or frequencies than their neighbours, which no config can say; "
+            "leave that option out (keep_first=0) to write it down"
+        )
+    return rows[0].tolist(), float(rotation.amplitude)
+
+
+def written(
+    schedule: FrequencySchedule,
+    geometry: Geometry,
+    turning: Sequence[bool] | None = None,
+    length: int | None = None,
+) -> dict[str, Any]:
+    """A schedule as transformers' `rope_parameters`, theta included: its own type where it has one, or `longrope`.
+
+    `longrope` holds one divisor per pair, the same up to and beyond the trained length, and the amplitude.
+
+    Args:
+        turning: which pairs turn in the model itself, [half]; None: all.
+        length: freeze a schedule that depends on the length, or one that is learned, at this many tokens.
+
+    Raises:
+        ValueError: see `frozen_frequencies`.
+    """
+    theta = {"rope_theta": geometry.base}
+    original = {"original_max_position_embeddings": geometry.trained_length}
+    if turning is None and isinstance(schedule, Unscaled):
+        return {"rope_type": "default", **theta}
+    if turning is None and isinstance(schedule, PositionInterpolation):
+        return {"rope_type": "linear", "factor": float(schedule.factor), **theta}
+    if turning is None and isinstance(schedule, DynamicNTK) and schedule.floor is None and length is None:
+        return {"rope_type": "dynamic", "factor": float(schedule.factor), **theta}
+    if turning is None and isinstance(schedule, Llama3):
+        bounds = {name: float(getattr(schedule, name)) for name in ("low_freq_factor", "high_freq_factor")}
+        return {"rope_type": "llama3", "factor": float(schedule.factor), **bounds, **original, **theta}
+    if turning is None and isinstance(schedule, YaRN) and (schedule.ramp, schedule.blend) == ("index", "frequency"):
+        return {"rope_type": "yarn", **_yarn_options(schedule, geometry), **original, **theta}
+    inv_freq, amplitude = frozen_frequencies(schedule, geometry, length)
+    still = turning if turning is not None else [True] * len(inv_freq)
+    own = geometry.inv_freq().tolist()
+    factors = [
+        base / value if value and turns else _STANDS_STILL
+        for base, value, turns in zip(own, inv_freq, still, strict=True)
+    ]
+    target = length or schedule.target_length(geometry.trained_length)
+    return {
+        "rope_type": "longrope",
+        "factor": max(target / geometry.trained_length, 1.0),
+        "short_factor": factors,
+        "long_factor": factors,
+        "attention_factor": amplitude,
+        **original,
+        **theta,
+    }
+
+
+def _yarn_options(schedule: YaRN, geometry: Geometry) -> dict[str, Any]:
+    """What differs from transformers' defaults: engines read fewer names than transformers writes."""
+    options: dict[str, Any] = {"factor": float(schedule.factor)}
+    _, amplitude = frozen_frequencies(schedule, geometry)
+    if not math.isclose(amplitude, 0.1 * math.log(schedule.factor) + 1):
+        options["attention_factor"] = amplitude
+    for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        if getattr(schedule, name) != default:
+            options[name] = float(getattr(schedule, name))
+    if not schedule.truncate:
+        options["truncate"] = False
+    return options

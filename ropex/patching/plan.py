@@ -1,0 +1,321 @@
+"""What a patch will do to a model, decided before anything is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from ropex._checks import require_int
+from ropex.patching.attention import Attention, calls_interface
+from ropex.patching.config import UnsupportedModelError, rope_parameters
+from ropex.patching.detect import Anatomy, Kind
+from ropex.patching.module import PatchedRotary
+from ropex.patching.native import written
+from ropex.patching.swap import Swap
+from ropex.rotary import RotaryEmbedding
+from ropex.scaling import FrequencySchedule, Unscaled, schedule_class, schedule_for
+
+__all__ = ["Plan", "plan_for"]
+
+DEFAULT_METHOD = "yarn"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a patch will do.
+
+    Attributes:
+        owner: the module that runs the layers.
+        places: the owner, attribute name and mode of each rotary module.
+        rotaries: what stands there next.
+        swaps: the attentions, and what the class of each is made from.
+        target: the context length in tokens that the model will be good for.
+        parameters: what the config will say about the method; None: it has no words for it.
+        amplitudes: the attentions whose softmax scale takes the amplitude, with the factor on it.
+    """
+
+    owner: nn.Module
+    places: tuple[tuple[nn.Module, str, bool], ...]
+    rotaries: tuple[PatchedRotary, ...]
+    swaps: tuple[tuple[nn.Module, Swap], ...]
+    target: int
+    parameters: dict[str, Any] | None
+    layer_type: str | None
+    amplitudes: tuple[tuple[nn.Module, float], ...]
+
+    def changes(self, model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+        """Object, attribute and new value of all else that changes; asked once the model owns its configs."""
+        for module, factor in self.amplitudes:
+            yield module, "scaling", module.scaling * factor  # type: ignore[operator]
+        configs = {id(config): config for patched in self.rotaries if (config := patched.original.config)}
+        schedule, geometry = self.rotaries[0].rope.schedule, self.rotaries[0].rope.geometry
+        for config in configs.values():
+            before = config.max_position_embeddings  # type: ignore[union-attr]
+            yield config, "max_position_embeddings", self.target
+            yield config, "ropex", {"trained_length": geometry.trained_length, **_described(schedule)}
+            if self.parameters is not None:
+                yield from _written_to(config, self.parameters, self.layer_type)
+            for module in model.modules():
+                generation = module.__dict__.get("generation_config")
+                if generation is not None and generation.max_length == before:
+                    yield generation, "max_length", self.target
+
+
+def plan_for(
+    model: nn.Module,
+    anatomy: Anatomy,
+    method: str | FrequencySchedule | None,
+    factor: float | Literal["auto"] | None,
+    length: int | None,
+    options: dict[str, Any],
+    settings: dict[str, Any],
+) -> Plan:
+    """The plan of a patch, from a model's anatomy and what the user asked for.
+
+    Raises:
+        UnsupportedModelError: the model cannot do what was asked.
+        ValueError: a bad option, or a model that is already scaled.
+    """
+    name = type(model).__name__
+    scales = {a.path: settings["sliding"] == "scale" or not a.slides for a in anatomy.attentions}
+    if not any(scales.values()):
+        windows = sorted({a.window for a in anatomy.attentions if a.window is not None})
+        raise ValueError(
+            f"every layer of {name} that rotates slides over a window ({', '.join(map(str, windows))} tokens), so a "
+            "longer context takes no angle out of its range: must have a layer that sees all tokens; pass "
+            'sliding="scale" to scale the sliding layers, too'
+        )
+    kinds = [
+        kind for site in anatomy.sites for kind in site.kinds if any(scales[a.path] for a in _served(anatomy, kind))
+    ]
+    lengths = {kind.geometry.trained_length for kind in kinds}
+    if len(lengths) > 1:
+        raise UnsupportedModelError(
+            f"{name}'s layers were trained at different lengths ({sorted(lengths)}): not supported"
+        )
+    schedule, target = _schedule(name, kinds[0], _config(anatomy), method, factor, length, options, settings)
+    if schedule.learned and len(anatomy.sites) > 1:
+        raise UnsupportedModelError(
+            f"{name} has {len(anatomy.sites)} rotary modules, and {schedule.method!r} learns one net for all"
+        )
+    rotaries, tables = [], {}
+    for site in anatomy.sites:
+        device = next(buffer.device for name, buffer in site.rotary.named_buffers() if "inv_freq" in name)
+        ropes: dict[str, RotaryEmbedding] = {}
+        turning = {}
+        for kind in site.kinds:
+            served = [scales[a.path] for a in _served(anatomy, kind)]
+            wanted = [(True, kind.layer_type or "scaled"), (False, f"{kind.layer_type or ''}_kept".lstrip("_"))]
+            names = tuple(name for scaled, name in wanted if scaled in served) or (wanted[0][1],)
+            for scaled, rope_name in wanted:
+                if rope_name in names:
+                    follows = schedule if scaled else _own(name, kind)
+                    with device:
+                        ropes[rope_name] = RotaryEmbedding(
+                            kind.geometry, follows, seed=settings["seed"], data_rank=settings["data_rank"]
+                        )
+                    if kind.turning is not None:
+                        turning[rope_name] = kind.turning
+            tables[kind.layer_type] = names
+        choice = {kind.layer_type: tables[kind.layer_type] for kind in site.kinds}
+        patched = PatchedRotary(
+            ropes, choice, turning, site.rotary, layout=site.layout, axes=site.axes, angles=settings["angles"]
+        )
+        patched.settings = settings
+        rotaries.append(patched)
+    full = settings["precision"] == "float32"
+    swaps = []
+    for attention in anatomy.attentions:
+        names = tables.get(anatomy.sites[0].kind_for(attention.layer_type).layer_type, ())
+        index = int(not scales[attention.path]) if len(names) > 1 else None
+        if full and not calls_interface(type(attention.module)):
+            raise UnsupportedModelError(
+                f'precision="float32" with {name}: {type(attention.module).__name__} does not attend through '
+                'transformers\' attention interface; pass precision="model"'
+            )
+        half = anatomy.sites[0].kind_for(attention.layer_type).geometry.dim // 2
+        swap = Swap(type(attention.module), anatomy.functions_of(attention), index, half, full)
+        swaps.append((attention.module, swap))
+    layer_type, parameters = _parameters(anatomy, kinds, schedule, scales)
+    rotaries[0].scaling = kinds[0].scaling
+    rotaries[0].written = parameters["rope_type"] if parameters is not None else None
+    return Plan(
+        anatomy.owner,
+        tuple((site.owner, site.name, site.owner.training) for site in anatomy.sites),
+        tuple(rotaries),
+        tuple(swaps),
+        target,
+        parameters,
+        layer_type,
+        tuple(_amplitudes(name, anatomy, schedule, rotaries[0].rope, scales)),
+    )
+
+
+def _served(anatomy: Anatomy, kind: Kind) -> list[Attention]:
+    """The attentions that get a kind of table: those of its layer type, or all."""
+    served = [a for a in anatomy.attentions if a.layer_type == kind.layer_type]
+    if kind.layer_type is None or not any(a.layer_type == kind.layer_type for a in anatomy.attentions):
+        return list(anatomy.attentions) if kind.layer_type is None else []
+    return served
+
+
+def _schedule(
+    name: str,
+    kind: Kind,
+    config: Any,
+    method: str | FrequencySchedule | None,
+    factor: float | Literal["auto"] | None,
+    length: int | None,
+    options: dict[str, Any],
+    settings: dict[str, Any],
+) -> tuple[FrequencySchedule, int]:
+    """The schedule to follow, and the context length in tokens that it reaches."""
+    trained = kind.geometry.trained_length
+    if kind.scaling is not None:
+        _require_replaceable(name, kind, config, settings["on_scaled"])
+        if settings["on_scaled"] == "keep":
+            return _kept(name, kind, config, method, factor, length, options)
+    method = DEFAULT_METHOD if method is None else method
+    schedule = schedule_for(method, trained, factor=factor, length=length, **options)
+    target = schedule.target_length(trained)
+    require_int("target_length", target, minimum=1, remedy=f"mend {type(schedule).__name__}.target_length")
+    return schedule, target
+
+
+def _kept(
+    name: str,
+    kind: Kind,
+    config: Any,
+    method: str | FrequencySchedule | None,
+    factor: float | Literal["auto"] | None,
+    length: int | None,
+    options: dict[str, Any],
+) -> tuple[FrequencySchedule, int]:
+    """The schedule that the config carries, widened if the user asked for it."""
+    own, trained = _own(name, kind), kind.geometry.trained_length
+    named = isinstance(method, str) and schedule_class(method) is type(own)
+    if not (method is None or named) or options:
+        raise ValueError(
+            f'method={method!r} with on_scaled="keep": {name} keeps its own scaling, {own!r}, which factor= or length= '
+            'may widen; leave the method and its options out, or pass on_scaled="replace"'
+        )
+    if factor is None and length is None:
+        return own, int(config.max_position_embeddings)
+    changeable = {field.name for field in fields(own)} - {"short_factors", "long_factors"}  # type: ignore[arg-type]
+    if getattr(own, "long_factors", None) is not None:
+        raise ValueError(
+            f'on_scaled="keep" with a longer target: the lists of {name}\'s longrope were searched for one length; '
+            'leave factor and length out, or pass on_scaled="replace"'
+        )
+    wanted = schedule_for(own.method, trained, factor=factor, length=length, **_required(own))
+    widened = replace(own, **{key: getattr(wanted, key) for key in ("factor", "floor") if key in changeable})  # type: ignore[type-var]
+    return widened, widened.target_length(trained)
+
+
+def _required(own: FrequencySchedule) -> dict[str, Any]:
+    """What a target alone does not say: the growth of a dynamic schedule."""
+    return {"factor": own.factor} if own.target == "floor" and hasattr(own, "factor") else {}
+
+
+def _require_replaceable(name: str, kind: Kind, config: Any, on_scaled: str) -> None:
+    carries = f'{name}\'s config already carries a scaling of the type "{kind.scaling}"'
+    if on_scaled == "error":
+        raise ValueError(
+            f'{carries}: scaling twice is rarely meant; pass on_scaled="replace" to count from the pretraining length, '
+            'on_scaled="keep" to keep that scaling and widen it if factor or length is given, '
+            "or remove the scaling from the config and load the model anew"
+        )
+    if not kind.length_known:
+        raise ValueError(
+            f"{carries} and does not tell the pretraining length, which {on_scaled[:-1]}ing it needs; "
+            "set config.original_max_position_embeddings"
+        )
+    if on_scaled == "replace" and rope_parameters(config, kind.layer_type).get("mscale_all_dim"):
+        raise UnsupportedModelError(
+            f"{carries} with mscale_all_dim, by which its attentions multiplied their softmax scale when they were "
+            'made: it cannot be replaced; pass on_scaled="keep", or load the model without the scaling'
+        )
+
+
+def _own(name: str, kind: Kind) -> FrequencySchedule:
+    if kind.own is None:
+        raise UnsupportedModelError(f'{name} carries a scaling of the type "{kind.scaling}", which ropex does not know')
+    return kind.own
+
+
+def _config(anatomy: Anatomy) -> Any:
+    return anatomy.sites[0].rotary.config
+
+
+def _amplitudes(
+    name: str, anatomy: Anatomy, schedule: FrequencySchedule, rope: RotaryEmbedding, scales: dict[str, bool]
+) -> Iterator[tuple[nn.Module, float]]:
+    """Where a norm after the rotation would cancel the amplitude, the softmax scale takes it: squared, for q and k."""
+    after = [a for a in anatomy.attentions if a.norm_follows and scales[a.path]]
+    if not after:
+        return
+    amplitude = rope.schedule.at(rope.geometry, length=1).amplitude
+    if not isinstance(amplitude, (int, float)):
+        raise UnsupportedModelError(
+            f"{schedule!r} with {name}, which normalises queries and keys after their rotation: the norm cancels an "
+            "amplitude, and the softmax scale can take one number, not one for each length; use a static method"
+        )
+    if amplitude == 1:
+        return
+    for attention in after:
+        head_dim = getattr(attention.module, "head_dim", None)
+        if not isinstance(getattr(attention.module, "scaling", None), float) or head_dim != rope.geometry.dim:
+            raise UnsupportedModelError(
+                f"{schedule!r} with {name}, which normalises queries and keys after their rotation: its attentions "
+                'have no softmax scale that could take the amplitude instead; use "ntk_by_parts", which has none'
+            )
+        yield attention.module, amplitude**2
+
+
+def _parameters(
+    anatomy: Anatomy, kinds: list[Kind], schedule: FrequencySchedule, scales: dict[str, bool]
+) -> tuple[str | None, dict[str, Any] | None]:
+    """What the config can say of the patch: None where layers that share their parameters go different ways."""
+    served = [scales[a.path] for kind in kinds for a in _served(anatomy, kind)]
+    shared = len({id(site.rotary.config) for site in anatomy.sites}) == 1 and len({k.layer_type for k in kinds}) == 1
+    unchanged = isinstance(schedule, Unscaled) and kinds[0].scaling is None
+    if not all(served) or not shared or schedule.length_dependent or unchanged:
+        return None, None
+    try:
+        return kinds[0].layer_type, written(schedule, kinds[0].geometry, kinds[0].turning)
+    except ValueError:
+        return None, None
+
+
+def _written_to(config: Any, parameters: dict[str, Any], layer_type: str | None) -> Iterator[tuple[Any, str, Any]]:
+    """The parameters as a config of this version of transformers holds them; what is not scaling stays."""
+    current = getattr(config, "rope_parameters", None)
+    if current is None:
+        legacy = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        yield config, "rope_scaling", None if legacy["rope_type"] == "default" else legacy
+        return
+    scaling = ("factor", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim")
+    scaling += (
+        "short_factor",
+        "long_factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    )
+    nested = layer_type is not None and isinstance(current.get(layer_type), dict)
+    before = current[layer_type] if nested else current
+    flat = {**{key: value for key, value in before.items() if key not in (*scaling, "type")}, **parameters}
+    yield config, "rope_parameters", {**current, layer_type: flat} if nested else flat
+
+
+def _described(schedule: FrequencySchedule) -> dict[str, Any]:
+    described = schedule.to_dict()
+    try:
+        json.dumps(described)
+    except TypeError:  # a schedule of the user's own
+        return {"method": schedule.method}
+    return described
