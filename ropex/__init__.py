@@ -5,30 +5,51 @@ be used alone: schedules (`ropex.schedule`), the rotation (`ropex.rotate`), a mo
 measuring (`ropex.evaluation`).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ropex import draws, evaluation, kernels, precision, scaling
 from ropex._version import __version__ as __version__
 from ropex.kernels import rotate
-from ropex.patching import Inspection, LayerKind, Patch, UnsupportedModelError, inspect, load, patch, unpatch
+from ropex.patching import (
+    Export,
+    Inspection,
+    LayerKind,
+    Patch,
+    UnsupportedModelError,
+    export,
+    inspect,
+    load,
+    param_groups,
+    patch,
+    unpatch,
+)
 from ropex.rotary import RotaryEmbedding
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling import FrequencySchedule, methods, schedule
 
+if TYPE_CHECKING:
+    from ropex.patching.training import RopexCallback
+
 __all__ = [
+    "Export",
     "FrequencySchedule",
     "Geometry",
     "Inspection",
     "LayerKind",
     "Patch",
     "Request",
+    "RopexCallback",
     "RotaryEmbedding",
     "Rotation",
     "UnsupportedModelError",
     "draws",
     "evaluation",
+    "export",
     "inspect",
     "kernels",
     "load",
     "methods",
+    "param_groups",
     "patch",
     "precision",
     "rotate",
@@ -36,3 +57,11 @@ __all__ = [
     "schedule",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RopexCallback":  # imports transformers, which `import ropex` must not
+        from ropex.patching.training import RopexCallback
+
+        return RopexCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

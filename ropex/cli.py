@@ -33,9 +33,10 @@ import ropex
 from ropex._checks import require_number
 from ropex._version import __version__
 from ropex.evaluation.compare import compare_methods, plot_perplexity, write_json
-from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.loading import load_empty_model, load_model, load_text
 from ropex.evaluation.perplexity import bin_edges
 from ropex.evaluation.wavelengths import plot_wavelengths
+from ropex.patching.files import DESCRIPTION
 from ropex.rotation import Geometry
 from ropex.scaling.base import FrequencySchedule, Wrapper
 from ropex.scaling.registry import accepted_options, schedule_class, schedule_for, target_option
@@ -49,6 +50,12 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Engine(StrEnum):
+    transformers = "transformers"
+    vllm = "vllm"
+    gguf = "gguf"
 
 
 def _print_version(wanted: bool) -> None:
@@ -88,6 +95,40 @@ def perplexity(
     """Negative log-likelihood and perplexity against position, one pass per method."""
     try:
         _perplexity(model, text, methods, factor, length, bins, dtype, device, out_dir)
+    except ValueError as error:
+        _fail(str(error))
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Model directory with config.json, and ropex.json if patched.")],
+) -> None:
+    """What the rotary embedding of a saved model does, and what an export would carry. Reads no weights."""
+    try:
+        model = load_empty_model(directory)
+        if (directory / DESCRIPTION).is_file():
+            ropex.load(model, directory)
+        out.print(str(ropex.inspect(model)), highlight=False, soft_wrap=True, markup=False)
+    except ValueError as error:
+        _fail(str(error))
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="Where Patch.save wrote ropex.json.")],
+    to: Annotated[Engine, typer.Option(help="The engine that shall load it.")],
+    out_path: Annotated[Path, typer.Option("--out", help="The new directory; for gguf the new file.")],
+    model: Annotated[
+        Path | None, typer.Option(help="The model's directory, or for gguf its file. Default: the same directory.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens at which a method that depends on the length is frozen.")
+    ] = None,
+) -> None:
+    """Write a patched model for an engine that does not know ropex."""
+    try:
+        done = ropex.export(directory, to.value, out_path, model=model, length=length)  # type: ignore[arg-type]
+        out.print(str(done), highlight=False, soft_wrap=True, markup=False)
     except ValueError as error:
         _fail(str(error))
 

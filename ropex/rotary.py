@@ -134,8 +134,10 @@ class RotaryEmbedding(nn.Module):
 
     def _version_under_pin(self, positions: Tensor) -> tuple[Any, ...] | None:
         """What the frequencies of a learned schedule depend on under a pin; None where they must be computed anew."""
-        again = self.pinned_length is None or not self.schedule.learned or self.training or torch.is_grad_enabled()
-        if again or torch.compiler.is_compiling() or any(p.is_inference() or p.is_meta for p in self.parameters()):
+        # A compiled pass must not ask for the pinned length: it would be compiled anew for each.
+        if torch.compiler.is_compiling() or not self.schedule.learned or self.pinned_length is None:
+            return None
+        if self.training or torch.is_grad_enabled() or any(p.is_inference() or p.is_meta for p in self.parameters()):
             return None
         weights = tuple((p._version, p.data_ptr(), p.dtype) for p in self.parameters())
         return (weights, positions.device, positions.shape[0])

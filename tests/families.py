@@ -1,19 +1,24 @@
-"""Tiny random models of every family that transformers can build with sizes like these.
+"""Tiny random models of every family that transformers can build with sizes like these, and what a patch does there.
 
-`python -m tests.families` runs the grid that `docs/families.md` shows and writes its JSON.
+`benchmarks/families.py` writes the grid of `results_of` down; `docs/families.md` is made from it.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
 import torch
-import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import ropex
+from ropex.patching.config import text_config
+
 VOCABULARY, TRAINED_LENGTH = 128, 512
+LARGEST = 30_000_000  # parameters of a model that is still called tiny
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -31,37 +36,40 @@ EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num
 EXPERTS |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 MLA |= {"head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-SLIDES_AND_FULL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 128}
-HYBRID = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
+BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 128}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+PLAIN = {"rope_parameters": ROPE}  # for families that are born scaled
+SCALAR = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY}
 
 # What a family needs besides: sizes that its config does not derive, and layers of both kinds where it has two.
-PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}  # of families that are born scaled
 OPTIONS: dict[str, dict[str, Any]] = {
     "apertus": PLAIN,
     "axk1": MLA | EXPERTS,
     "axk2": MLA | EXPERTS,
     "bailing_hybrid": HYBRID | EXPERTS | MLA,
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
+    "cohere2": BOTH_KINDS,
     "cwm": PLAIN,
     "deepseek_v2": MLA | EXPERTS,
     "deepseek_v3": MLA | EXPERTS,
     "deepseek_v32": MLA | EXPERTS,
     "dots1": EXPERTS | {"n_group": 1, "topk_group": 1, "n_shared_experts": 1},
-    "flint": SLIDES_AND_FULL,
-    "gemma4_text": {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16, "global_head_dim": 32}
-    | SLIDES_AND_FULL,
-    "gemma4_unified_text": {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16} | SLIDES_AND_FULL,
-    "gemma2": SLIDES_AND_FULL,
-    "gemma3_text": SLIDES_AND_FULL,
-    "cohere2": {"layer_types": ["sliding_attention", "sliding_attention"], "sliding_window": 1024},
-    "gpt_oss": EXPERTS | PLAIN | SLIDES_AND_FULL,
+    "exaone4": BOTH_KINDS,
+    "flint": BOTH_KINDS,
+    "gemma2": BOTH_KINDS,
+    "gemma3_text": BOTH_KINDS,
+    "gemma4_text": SCALAR | BOTH_KINDS | {"global_head_dim": 32},
+    "gemma4_unified_text": SCALAR | BOTH_KINDS,
     "glm4_moe": EXPERTS | {"n_group": 1, "topk_group": 1},
     "glm4_moe_lite": MLA | EXPERTS,
     "glm_moe_dsa": MLA | EXPERTS,
+    "gpt_oss": EXPERTS | PLAIN | BOTH_KINDS,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "position_embedding_type": "rope"},
     "hy_v3": EXPERTS,
     "hy_v4": EXPERTS,
     "inkling_text": EXPERTS,
+    "jamba": EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": MLA | EXPERTS | HYBRID,
     "kolibri1": EXPERTS,
     "lfm2_moe": EXPERTS | {"layer_types": ["conv", "full_attention"]},
@@ -69,59 +77,169 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "llama4_text": EXPERTS,
     "longcat_flash": MLA | EXPERTS,
     "mimo_v2_flash": EXPERTS
-    | SLIDES_AND_FULL
+    | BOTH_KINDS
     | {"head_dim": 24, "v_head_dim": 16, "swa_head_dim": 24, "swa_v_head_dim": 16},
     "minicpm3": MLA,
-    "ministral3": {
-        "rope_parameters": PLAIN["rope_parameters"]
-        | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}
-    },
+    "ministral": BOTH_KINDS,
+    "ministral3": {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}},
     "modernbert": {"layer_types": ["sliding_attention", "full_attention"], "local_attention": 128},
-    "olmo3": SLIDES_AND_FULL,
+    "modernbert-decoder": {"layer_types": ["sliding_attention", "full_attention"], "local_attention": 128},
+    "olmo3": BOTH_KINDS,
     "qwen2_moe": EXPERTS,
-    "qwen3_5_text": HYBRID,
     "qwen3_5_moe_text": HYBRID | EXPERTS,
+    "qwen3_5_text": HYBRID,
     "qwen3_moe": EXPERTS,
     "qwen3_next": HYBRID | EXPERTS,
-    "qwen4_exp_text": HYBRID | EXPERTS,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "solar_open": EXPERTS,
     "youtu": MLA,
-    "zamba2": {
-        "layers_block_type": ["mamba", "hybrid"],
-        "use_mem_rope": True,
-        "mamba_ngroups": 1,
-        "n_mamba_heads": 8,
-        "mamba_headdim": 16,
-        "hybrid_layer_ids": [1],
-        "num_mem_blocks": 1,
-    },
 }
+# Models with an image tower, and the type of their text part.
+COMPOSITE = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "llama4": "llama4_text",
+    "mllama": "mllama_text_model",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "head_dim": 16,
+}
+ENCODERS = ("modernbert", "eurobert")
 
 
 @functools.cache
 def families() -> tuple[str, ...]:
     """Every model type for which transformers has a causal language model, and encoders that rotate."""
-    return (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "modernbert", "eurobert", "neobert")
+    return (*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *ENCODERS)
 
 
 def config_of(family: str, **options: Any) -> Any:
     wanted = {**SIZES, **OPTIONS.get(family, {}), **options}
+    if family in COMPOSITE:
+        text = {**SIZES, **OPTIONS.get(COMPOSITE[family], {}), **options}
+        return AutoConfig.for_model(family, text_config=text, vision_config=VISION, audio_config=None)
+    failed = None
     for leave_out in ((), ("head_dim",), ("head_dim", "num_key_value_heads")):
         try:
             return AutoConfig.for_model(family, **{k: v for k, v in wanted.items() if k not in leave_out})
         except Exception as error:
             failed = error
-    raise failed
+    raise failed  # type: ignore[misc]
 
 
-def model_of(family: str, seed: int = 0, **options: Any) -> torch.nn.Module:
+def model_of(family: str, seed: int = 0, **options: Any) -> nn.Module:
     """A tiny model of a family; weights of std 0.02."""
     torch.manual_seed(seed)
-    auto = AutoModelForCausalLM if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForMaskedLM
+    auto = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
     model = auto.from_config(config_of(family, **options)).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # what is born zero would hide whatever comes before it
             if not parameter.is_meta and parameter.is_floating_point() and not parameter.any():
                 parameter.normal_(std=0.02)
     return model
+
+
+def tokens(length: int = 200) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids).logits
+
+
+def results_of(family: str) -> dict[str, Any]:
+    """What a patch does to a family: `works` with figures, `refused` with the reason, or `not built` with it."""
+    try:
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in model_of(family).parameters())
+        if size > LARGEST:
+            return {"status": "not built", "reason": "its parts other than the text model have sizes of their own"}
+        model = model_of(family)
+    except Exception as error:
+        return {"status": "not built", "reason": f"{type(error).__name__}: {_first_line(error)}"}
+    ids = tokens()
+    try:
+        patch = ropex.patch(model, "none", sliding="scale")
+    except ropex.UnsupportedModelError as error:
+        return {"status": "refused", "reason": str(error)}
+    patch.remove()
+    try:
+        want = logits_of(model, ids)
+    except Exception as error:
+        return {"status": "not built", "reason": f"does not run: {type(error).__name__}: {_first_line(error)}"}
+    other = copy.deepcopy(model)
+    seen = ropex.inspect(model)
+    found: dict[str, Any] = {
+        "status": "works",
+        "layout": f"{seen.table_layout}/{seen.channel_layout}",
+        "rotary_dim": seen.geometry.dim,
+        "layers": [[kind.name, kind.layers, kind.window] for kind in seen.kinds],
+    }
+    with ropex.patch(model, "none", sliding="scale"):
+        found["none"] = _difference(logits_of(model, ids), want)
+    with ropex.patch(model, "none", sliding="scale", angles="float32"):
+        found["none_float32"] = _difference(logits_of(model, ids), want)
+    try:
+        with ropex.patch(model, "yarn", factor=4, sliding="scale"):
+            yarn = logits_of(model, ids)
+            found["written"] = ropex.inspect(model).written
+            found["softmax"] = model_has_softmax_factor(model)
+            found["isolated"] = torch.equal(logits_of(other, ids), want)
+        found["effect"] = _difference(yarn, want)
+        found["yarn"] = _own_yarn(model, family, ids, yarn)
+    except ropex.UnsupportedModelError as error:
+        found["no_yarn"] = str(error)
+        with ropex.patch(model, "linear", factor=4, sliding="scale"):
+            found["effect"] = _difference(logits_of(model, ids), want)
+            found["isolated"] = torch.equal(logits_of(other, ids), want)
+    found["removed"] = torch.equal(logits_of(model, ids), want)
+    return found
+
+
+def model_has_softmax_factor(model: nn.Module) -> bool:
+    """Whether a patch put its amplitude in the softmax scale."""
+    return any(getattr(module, "softmax_factor", 1.0) != 1.0 for module in model.modules())
+
+
+def _own_yarn(model: nn.Module, family: str, ids: torch.Tensor, got: torch.Tensor) -> float | None:
+    """How far transformers' own YaRN is from ropex's; None where the family's config takes none."""
+    config = copy.deepcopy(model.config)
+    text = text_config(config)
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED_LENGTH}
+    before = getattr(text, "rope_parameters", None)
+    try:
+        if before is None:
+            text.rope_scaling = scaling
+        elif any(isinstance(value, dict) for value in before.values()):
+            text.rope_parameters = {name: {**value, **scaling} for name, value in before.items() if value is not None}
+        else:
+            text.rope_parameters = {**before, **scaling}
+        text.max_position_embeddings = 4 * TRAINED_LENGTH
+        getattr(text, "validate", lambda: None)()
+        auto = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+        own = auto.from_config(config).eval()
+        own.load_state_dict(model.state_dict())
+        return _difference(logits_of(own, ids), got)
+    except Exception:
+        return None
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -158,7 +158,7 @@ def tiny_config(family: str, **options: object) -> transformers.PretrainedConfig
         sizes["num_key_value_heads"] = 2
     if family in ("glm", "mistral"):  # their configs do not derive it
         sizes["head_dim"] = 16
-    return getattr(transformers, (FAMILIES | MORE_FAMILIES)[family])(**sizes, **options)
+    return getattr(transformers, (FAMILIES | MORE_FAMILIES)[family])(**(sizes | options))
 
 
 def scaled_config(family: str, **rope_parameters: object) -> transformers.PretrainedConfig:

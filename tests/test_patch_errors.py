@@ -39,7 +39,10 @@ def refuses(model: nn.Module, error: type[Exception], message: str, call: Callab
         ({"method": "none", "factor": 4}, r'method "none" has no target length'),
         ({"factor": 4, "beta": 1}, r'option beta=1: method "yarn" accepts factor, beta_fast'),
         ({"factor": 4, "angles": "bf16"}, r'angles=\'bf16\': must be one of "exact", "float32"'),
-        ({"factor": 4, "on_scaled": "keep"}, r'on_scaled=\'keep\': must be one of "error", "replace"'),
+        ({"factor": 4, "on_scaled": "no"}, r'on_scaled=\'no\': must be one of "error", "replace", "keep"'),
+        ({"factor": 4, "sliding": "yes"}, r'sliding=\'yes\': must be one of "keep", "scale"'),
+        ({"factor": 4, "precision": "bf16"}, r'precision=\'bf16\': must be one of "model", "float32"'),
+        ({"factor": 4, "tokenizer": "llama"}, r"tokenizer='llama': must have a model_max_length"),
         ({"method": ropex.schedule("none"), "length": 1024}, r"length=1024 with the schedule Unscaled\(\)"),
         ({"method": 3}, r"method=3: must be one of"),
     ],
@@ -75,26 +78,6 @@ def test_a_model_without_rotary_embeddings() -> None:
     assert issubclass(ropex.UnsupportedModelError, ValueError)
 
 
-def test_a_model_with_embeddings_per_layer_type() -> None:
-    config = transformers.Gemma3TextConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    # transformers 4 gives each layer type a module of its own, 5 one module that is told the type.
-    message = r"rotary_emb\.forward.*layer_type.*must take \(x, position_ids\) alone|has 2 rotary embedding modules"
-    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
-
-
 def test_a_schedule_with_an_impossible_target() -> None:
     class Endless(type(ropex.schedule("none"))):  # type: ignore[misc]
         def target_length(self, trained_length: int) -> float:
@@ -127,18 +110,6 @@ def test_schedules_may_shift_positions_and_give_frequencies_per_token(training: 
     want = logits(model, ids)
     with ropex.patch(model, Shifted()):
         assert (logits(model, ids) - want).abs().max() < 1e-5, "a shift of all positions changes no score"
-
-
-def test_half_width_tables_are_refused() -> None:
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": None}
-    version = "rope_parameters" if hasattr(tiny_config("llama"), "rope_parameters") else "rope_scaling"
-    config = transformers.GptOssConfig(**sizes, **heads, **tokens, **{version: plain[version]})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    message = r"GptOssForCausalLM's cos and sin are not those of Geometry\(.* in a known layout"
-    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
 
 
 def scaled_model(**rope_parameters: Any) -> nn.Module:
@@ -241,19 +212,43 @@ class NoRotation(nn.Module):
         return self.o_proj(self.v_proj(hidden_states).repeat(1, 1, 2)), None
 
 
-def test_a_model_with_a_rotary_module_in_each_layer() -> None:
-    model = tiny_model("llama")
+def test_every_rotary_module_of_a_text_model_is_replaced() -> None:
+    model, ids = tiny_model("llama"), tiny_tokens(300)
+    with ropex.patch(model, "yarn", factor=4):
+        want = logits(model, ids)
     for layer in model.model.layers:
         layer.rotary_emb = type(model.model.rotary_emb)(model.config)
-    message = r"has 3 rotary embedding modules \(model\.layers\.0\.rotary_emb, .*\): only models in which all layers"
-    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+    with ropex.patch(model, "yarn", factor=4):
+        assert torch.equal(logits(model, ids), want)
+        assert len([m for m in model.modules() if type(m).__name__ == "PatchedRotary"]) == 3
+    assert all(type(layer.rotary_emb).__name__ == "LlamaRotaryEmbedding" for layer in model.model.layers)
+
+
+def test_tables_of_another_module_are_noticed() -> None:
+    """Whatever puts a rotary module back behind the patch's back would change what it does without a word."""
+    model = tiny_model("llama")
+    ropex.patch(model, "yarn", factor=4)
+    model.model.rotary_emb = model.model.rotary_emb.original
+    with pytest.raises(RuntimeError, match=r"LlamaAttention was given cos \(1, 9, 16\), not the patch's \[\.\.\., 8\]"):
+        logits(model, tiny_tokens(9))
 
 
 def test_an_attention_whose_forward_was_replaced_on_the_instance() -> None:
     model = tiny_model("llama")
     attention = model.model.layers[1].self_attn
-    attention.forward = attention.forward
-    message = r"LlamaAttention\.forward was replaced on the instance, which would hide the patch: .*patch before accel"
+    attention.forward = lambda *args, **kwargs: type(attention).forward(attention, *args, **kwargs)
+    message = r"LlamaAttention\.forward was replaced on the instance, which would hide the patch: .*patch before anoth"
+    refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
+
+
+def test_attentions_that_never_look_at_cos_and_sin() -> None:
+    """They call a rotary function in their code, but a flag keeps them from it: a patch would change nothing."""
+    config = transformers.SmolLM3Config(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, no_rope_layers=[0, 0], pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    message = r"SmolLM3ForCausalLM has a rotary embedding module .* none of its attentions was seen to use its cos and"
     refuses(model, ropex.UnsupportedModelError, message, lambda: ropex.patch(model, "yarn", factor=4))
 
 
@@ -276,13 +271,15 @@ def test_a_rotary_function_that_does_something_else(monkeypatch: pytest.MonkeyPa
         ropex.patch(model, "yarn", factor=4)
 
 
-def test_rotary_parameters_per_layer_type() -> None:
+def test_rotary_parameters_that_do_not_fit_the_module() -> None:
     model = tiny_model("llama")
+    if not hasattr(model.config, "rope_parameters"):
+        pytest.skip("transformers 4 has no rope_parameters")
     model.config.rope_parameters = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     with pytest.raises(
-        ropex.UnsupportedModelError, match=r"LlamaConfig has rotary parameters per layer type \(full_att"
+        ropex.UnsupportedModelError, match=r"LlamaRotaryEmbedding cannot be made from its config: 'rope_t"
     ):
         ropex.patch(model, "yarn", factor=4)
     model.config.rope_parameters = {"rope_type": "default"}
-    with pytest.raises(ropex.UnsupportedModelError, match=r"LlamaConfig states no rope_theta; set it"):
+    with pytest.raises(ropex.UnsupportedModelError, match=r"cannot be made from its config: 'rope_theta'"):
         ropex.patch(model, "yarn", factor=4)

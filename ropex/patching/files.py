@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -15,15 +15,46 @@ from torch import Tensor, nn
 
 from ropex._version import __version__
 from ropex.patching.detect import find_patched
+from ropex.patching.swap import channels_of
+from ropex.rotary import RotaryEmbedding
 from ropex.rotation import Geometry
 from ropex.scaling import FrequencySchedule
 from ropex.scaling.registry import from_dict
 
-__all__ = ["DESCRIPTION", "WEIGHTS", "Saved", "read", "restore", "save"]
+__all__ = ["DESCRIPTION", "WEIGHTS", "Saved", "SavedRope", "read", "restore", "save"]
 
 DESCRIPTION, WEIGHTS = "ropex.json", "ropex.safetensors"
 _FORMAT = 1
-_KEYS = {"format", "ropex", "torch", "model_type", "schedule", "settings", "geometry", "weights", "hash"}
+_KEYS = {
+    "format",
+    "ropex",
+    "torch",
+    "model_type",
+    "schedule",
+    "settings",
+    "ropes",
+    "channels",
+    "softmax_factor",
+    "weights",
+    "hash",
+}
+
+
+@dataclass(frozen=True)
+class SavedRope:
+    """One of a patch's embeddings.
+
+    Attributes:
+        geometry: of the model.
+        turning: which pairs turn in the model itself; None: all.
+        layer_type: of the layers that it is for; None: all.
+        scaled: whether it follows the patch's schedule, and not the model's own.
+    """
+
+    geometry: Geometry
+    turning: tuple[bool, ...] | None
+    layer_type: str | None
+    scaled: bool
 
 
 @dataclass(frozen=True)
@@ -34,7 +65,9 @@ class Saved:
         directory: where they lie.
         schedule: with its options, not yet with what it has learned.
         settings: the other arguments of `patch`.
-        geometry: of each of the patch's embeddings, by name.
+        ropes: the patch's embeddings, by name.
+        channels: which channels of a head the model pairs.
+        softmax_factor: by which the patch multiplies the model's softmax scale.
         model_type: of the model's config, if it had one.
         weights: what was learned, by name.
     """
@@ -42,7 +75,9 @@ class Saved:
     directory: Path
     schedule: FrequencySchedule
     settings: dict[str, Any]
-    geometry: dict[str, Geometry]
+    ropes: dict[str, SavedRope]
+    channels: str
+    softmax_factor: float
     model_type: str | None
     weights: dict[str, Tensor]
 
@@ -75,7 +110,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
         "model_type": getattr(config, "model_type", None),
         "schedule": described,
         "settings": patched.settings,
-        "geometry": {name: _geometry(geometry) for name, geometry in _geometries(model).items()},
+        "ropes": {name: _as_json(rope) for name, rope in _ropes(model).items()},
+        "channels": channels_of(model),
+        "softmax_factor": patched.softmax_factor,
         "weights": _hash_of((directory / WEIGHTS).read_bytes()) if weights else None,
     }
     content["hash"] = _hash(content)
@@ -109,9 +146,10 @@ def read(directory: str | Path) -> Saved:
     weights: dict[str, Tensor] = {}
     if content["weights"] is not None:
         weights = _read_weights(directory / WEIGHTS, content["weights"])
-    geometry = {name: Geometry(**each) for name, each in content["geometry"].items()}
+    ropes = {name: _from_json(each) for name, each in content["ropes"].items()}
     schedule = from_dict(content["schedule"])
-    return Saved(directory, schedule, content["settings"], geometry, content["model_type"], weights)
+    plain = {name: content[name] for name in ("settings", "channels", "softmax_factor", "model_type")}
+    return Saved(directory=directory, schedule=schedule, ropes=ropes, weights=weights, **plain)
 
 
 def restore(model: nn.Module, saved: Saved) -> None:
@@ -120,9 +158,9 @@ def restore(model: nn.Module, saved: Saved) -> None:
     Raises:
         ValueError: another geometry, or weights of other names or shapes.
     """
-    if (found := _geometries(model)) != saved.geometry:
+    if (found := _ropes(model)) != saved.ropes:
         raise ValueError(
-            f"{saved.directory}: was saved from a model of {saved.geometry} ({saved.model_type}), and "
+            f"{saved.directory}: was saved from a model of {saved.ropes} ({saved.model_type}), and "
             f"{type(model).__name__} has {found}; load it into the model that it was made for"
         )
     learned = _learned(model)
@@ -146,18 +184,30 @@ def _learned(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _geometries(model: nn.Module) -> dict[str, Geometry]:
+def _ropes(model: nn.Module) -> dict[str, SavedRope]:
     spots = find_patched(model)
-    several = len(spots) > 1
-    return {
-        f"{spot.path}.{name}" if several else name: rope.geometry  # type: ignore[misc]
-        for spot in spots
-        for name, rope in spot.patched.ropes.items()
-    }
+    ropes = {}
+    for spot in spots:
+        for layer_type, names in spot.patched.tables.items():
+            for name in names:
+                rope = cast(RotaryEmbedding, spot.patched.ropes[name])
+                scaled = not name.endswith("kept")
+                known = SavedRope(rope.geometry, spot.patched.turning.get(name), layer_type, scaled)
+                ropes[f"{spot.path}.{name}" if len(spots) > 1 else name] = known
+    return ropes
 
 
-def _geometry(geometry: Geometry) -> dict[str, Any]:
-    return {name: value for name, value in asdict(geometry).items() if not name.startswith("_")}
+def _as_json(rope: SavedRope) -> dict[str, Any]:
+    described = asdict(rope)
+    return {**described, "geometry": {k: v for k, v in described["geometry"].items() if not k.startswith("_")}}
+
+
+def _from_json(described: dict[str, Any]) -> SavedRope:
+    turning = described["turning"]
+    geometry = Geometry(**described["geometry"])
+    return SavedRope(
+        geometry, None if turning is None else tuple(turning), described["layer_type"], described["scaled"]
+    )
 
 
 def _read_weights(path: Path, wanted: str) -> dict[str, Tensor]:

@@ -72,8 +72,8 @@ def require_one_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         raise ValueError(
             f"context of {seen + tokens} tokens under pin_length({pinned}): must not outgrow the pinned length; pin "
             "the tokens of the prompt plus those to be generated and start from an empty cache, or let generate do "
-            'that: without a pin it pins by itself, and under pin_length(n, outgrown="reprefill") it begins anew with a '
-            "longer one"
+            'that: without a pin it pins by itself, and under pin_length(n, outgrown="reprefill") it begins anew with '
+            "a longer one"
         )
 
 

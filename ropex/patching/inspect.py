@@ -10,7 +10,7 @@ from torch import nn
 from ropex.kernels import Angles
 from ropex.patching.attention import window_of
 from ropex.patching.detect import examine, find_patched
-from ropex.patching.swap import Rotating
+from ropex.patching.swap import Rotating, channels_of
 from ropex.patching.tables import Channels, TableLayout
 from ropex.rotation import Geometry
 from ropex.scaling import FrequencySchedule
@@ -113,11 +113,9 @@ def inspect(model: nn.Module) -> Inspection:
     patched = spots[0].patched
     rope, config = patched.rope, patched.original.config
     kinds: dict[tuple[Any, ...], int] = {}
-    channels: Channels = "half"
     for path, module in model.named_modules():
         if isinstance(module, Rotating):
             swap = module.ropex_made_from
-            channels = swap.functions[0].channels
             layer_type, window = window_of(module, getattr(module, "config", None) or config, path)
             names = patched.tables.get(layer_type) or next(iter(patched.tables.values()))
             followed = patched.ropes[names[swap.table or 0]]
@@ -134,7 +132,7 @@ def inspect(model: nn.Module) -> Inspection:
         attentions=sum(kinds.values()),
         rotary=spots[0].path,
         table_layout=patched.layout,
-        channel_layout=channels,
+        channel_layout=channels_of(model),
         angles=patched.angles,
         precision=patched.settings["precision"],
         kinds=_layer_kinds(kinds),

@@ -59,6 +59,7 @@ class PatchedRotary(nn.Module):
         self.settings: dict[str, Any] = {}
         self.scaling: str | None = None
         self.written: str | None = None
+        self.softmax_factor = 1.0
         self.outgrown = "error"
         self.generating: Any = None
         self.reentrant = False

@@ -21,7 +21,7 @@ from ropex.scaling import (
     YaRN,
 )
 
-__all__ = ["frozen_frequencies", "own_schedule", "written"]
+__all__ = ["divisors_of", "frozen_frequencies", "own_schedule", "written"]
 
 _STANDS_STILL = 1e30  # the factor of a pair that does not turn: JSON has no infinity
 
@@ -93,6 +93,8 @@ def written(
     geometry: Geometry,
     turning: Sequence[bool] | None = None,
     length: int | None = None,
+    *,
+    own_types: bool = True,
 ) -> dict[str, Any]:
     """A schedule as transformers' `rope_parameters`, theta included: its own type where it has one, or `longrope`.
 
@@ -101,30 +103,26 @@ def written(
     Args:
         turning: which pairs turn in the model itself, [half]; None: all.
         length: freeze a schedule that depends on the length, or one that is learned, at this many tokens.
+        own_types: False: always `longrope`, the one type that some configs take.
 
     Raises:
         ValueError: see `frozen_frequencies`.
     """
+    native = own_types and turning is None
     theta = {"rope_theta": geometry.base}
     original = {"original_max_position_embeddings": geometry.trained_length}
-    if turning is None and isinstance(schedule, Unscaled):
+    if native and isinstance(schedule, Unscaled):
         return {"rope_type": "default", **theta}
-    if turning is None and isinstance(schedule, PositionInterpolation):
+    if native and isinstance(schedule, PositionInterpolation):
         return {"rope_type": "linear", "factor": float(schedule.factor), **theta}
-    if turning is None and isinstance(schedule, DynamicNTK) and schedule.floor is None and length is None:
+    if native and isinstance(schedule, DynamicNTK) and schedule.floor is None and length is None:
         return {"rope_type": "dynamic", "factor": float(schedule.factor), **theta}
-    if turning is None and isinstance(schedule, Llama3):
+    if native and isinstance(schedule, Llama3):
         bounds = {name: float(getattr(schedule, name)) for name in ("low_freq_factor", "high_freq_factor")}
         return {"rope_type": "llama3", "factor": float(schedule.factor), **bounds, **original, **theta}
-    if turning is None and isinstance(schedule, YaRN) and (schedule.ramp, schedule.blend) == ("index", "frequency"):
+    if native and isinstance(schedule, YaRN) and (schedule.ramp, schedule.blend) == ("index", "frequency"):
         return {"rope_type": "yarn", **_yarn_options(schedule, geometry), **original, **theta}
-    inv_freq, amplitude = frozen_frequencies(schedule, geometry, length)
-    still = turning if turning is not None else [True] * len(inv_freq)
-    own = geometry.inv_freq().tolist()
-    factors = [
-        base / value if value and turns else _STANDS_STILL
-        for base, value, turns in zip(own, inv_freq, still, strict=True)
-    ]
+    factors, amplitude = divisors_of(schedule, geometry, turning, length)
     target = length or schedule.target_length(geometry.trained_length)
     return {
         "rope_type": "longrope",
@@ -135,6 +133,19 @@ def written(
         **original,
         **theta,
     }
+
+
+def divisors_of(
+    schedule: FrequencySchedule, geometry: Geometry, turning: Sequence[bool] | None = None, length: int | None = None
+) -> tuple[list[float], float]:
+    """By how much each pair turns slower than in the model itself, [half], and the amplitude; arguments as `written`.
+
+    A pair that does not turn has 1e30.
+    """
+    inv_freq, amplitude = frozen_frequencies(schedule, geometry, length)
+    turns = turning if turning is not None else [True] * len(inv_freq)
+    each = zip(geometry.inv_freq().tolist(), inv_freq, turns, strict=True)
+    return [base / value if value and turn else _STANDS_STILL for base, value, turn in each], amplitude
 
 
 def _yarn_options(schedule: YaRN, geometry: Geometry) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from ropex._checks import require_choice
@@ -193,7 +194,8 @@ def patch(
     if tokenizer is not None and not isinstance(getattr(tokenizer, "model_max_length", None), int):
         raise ValueError(f"tokenizer={tokenizer!r}: must have a model_max_length; pass the model's tokenizer")
     settings = {"angles": angles, "precision": precision, "sliding": sliding, "on_scaled": on_scaled, "seed": seed}
-    plan = plan_for(model, examine(model), method, factor, length, options, settings | {"data_rank": data_rank})
+    with torch.device("cpu"):  # whatever the default device is
+        plan = plan_for(model, examine(model), method, factor, length, options, settings | {"data_rank": data_rank})
     return _apply(model, plan, tokenizer)
 
 

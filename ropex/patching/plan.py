@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ropex._checks import require_int
 from ropex.patching.attention import Attention, calls_interface
-from ropex.patching.config import UnsupportedModelError, rope_parameters
+from ropex.patching.config import UnsupportedModelError, rope_parameters, with_parameters
 from ropex.patching.detect import Anatomy, Kind
 from ropex.patching.module import PatchedRotary
 from ropex.patching.native import written
+from ropex.patching.probe import fresh_rotary, makes_tables_of
 from ropex.patching.swap import Swap
 from ropex.rotary import RotaryEmbedding
 from ropex.scaling import FrequencySchedule, Unscaled, schedule_class, schedule_for
@@ -34,7 +37,7 @@ class Plan:
         rotaries: what stands there next.
         swaps: the attentions, and what the class of each is made from.
         target: the context length in tokens that the model will be good for.
-        parameters: what the config will say about the method; None: it has no words for it.
+        parameters: the type and the attributes by which the config will say what the patch does; None: it cannot.
         amplitudes: the attentions whose softmax scale takes the amplitude, with the factor on it.
     """
 
@@ -43,8 +46,7 @@ class Plan:
     rotaries: tuple[PatchedRotary, ...]
     swaps: tuple[tuple[nn.Module, Swap], ...]
     target: int
-    parameters: dict[str, Any] | None
-    layer_type: str | None
+    parameters: tuple[str, dict[str, Any]] | None
     amplitudes: tuple[tuple[nn.Module, float], ...]
 
     def changes(self, model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
@@ -57,8 +59,8 @@ class Plan:
             before = config.max_position_embeddings  # type: ignore[union-attr]
             yield config, "max_position_embeddings", self.target
             yield config, "ropex", {"trained_length": geometry.trained_length, **_described(schedule)}
-            if self.parameters is not None:
-                yield from _written_to(config, self.parameters, self.layer_type)
+            for key, value in self.parameters[1].items() if self.parameters is not None else ():
+                yield config, key, value
             for module in model.modules():
                 generation = module.__dict__.get("generation_config")
                 if generation is not None and generation.max_length == before:
@@ -140,9 +142,12 @@ def plan_for(
         half = anatomy.sites[0].kind_for(attention.layer_type).geometry.dim // 2
         swap = Swap(type(attention.module), anatomy.functions_of(attention), index, half, full)
         swaps.append((attention.module, swap))
-    layer_type, parameters = _parameters(anatomy, kinds, schedule, scales)
+    amplitudes = tuple(_amplitudes(name, anatomy, schedule, rotaries[0].rope, scales))
+    # In plain transformers the norm after the rotation would cancel the amplitude.
+    parameters = None if amplitudes else _parameters(name, anatomy, kinds, schedule, target, scales)
+    rotaries[0].softmax_factor = amplitudes[0][1] if amplitudes else 1.0
     rotaries[0].scaling = kinds[0].scaling
-    rotaries[0].written = parameters["rope_type"] if parameters is not None else None
+    rotaries[0].written = parameters[0] if parameters is not None else None
     return Plan(
         anatomy.owner,
         tuple((site.owner, site.name, site.owner.training) for site in anatomy.sites),
@@ -150,8 +155,7 @@ def plan_for(
         tuple(swaps),
         target,
         parameters,
-        layer_type,
-        tuple(_amplitudes(name, anatomy, schedule, rotaries[0].rope, scales)),
+        amplitudes,
     )
 
 
@@ -277,39 +281,39 @@ def _amplitudes(
 
 
 def _parameters(
-    anatomy: Anatomy, kinds: list[Kind], schedule: FrequencySchedule, scales: dict[str, bool]
-) -> tuple[str | None, dict[str, Any] | None]:
-    """What the config can say of the patch: None where layers that share their parameters go different ways."""
+    name: str,
+    anatomy: Anatomy,
+    kinds: list[Kind],
+    schedule: FrequencySchedule,
+    target: int,
+    scales: dict[str, bool],
+) -> tuple[str, dict[str, Any]] | None:
+    """The type and the attributes by which the config says what the patch does, so that transformers does the same.
+
+    None where it cannot: layers that share their parameters go different ways, or the method has no such words.
+    """
+    kind, site = kinds[0], anatomy.sites[0]
     served = [scales[a.path] for kind in kinds for a in _served(anatomy, kind)]
     shared = len({id(site.rotary.config) for site in anatomy.sites}) == 1 and len({k.layer_type for k in kinds}) == 1
-    unchanged = isinstance(schedule, Unscaled) and kinds[0].scaling is None
-    if not all(served) or not shared or schedule.length_dependent or unchanged:
-        return None, None
-    try:
-        return kinds[0].layer_type, written(schedule, kinds[0].geometry, kinds[0].turning)
-    except ValueError:
-        return None, None
-
-
-def _written_to(config: Any, parameters: dict[str, Any], layer_type: str | None) -> Iterator[tuple[Any, str, Any]]:
-    """The parameters as a config of this version of transformers holds them; what is not scaling stays."""
-    current = getattr(config, "rope_parameters", None)
-    if current is None:
-        legacy = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        yield config, "rope_scaling", None if legacy["rope_type"] == "default" else legacy
-        return
-    scaling = ("factor", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim")
-    scaling += (
-        "short_factor",
-        "long_factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    )
-    nested = layer_type is not None and isinstance(current.get(layer_type), dict)
-    before = current[layer_type] if nested else current
-    flat = {**{key: value for key, value in before.items() if key not in (*scaling, "type")}, **parameters}
-    yield config, "rope_parameters", {**current, layer_type: flat} if nested else flat
+    unchanged = isinstance(schedule, Unscaled) and kind.scaling is None
+    if not all(served) or not shared or unchanged or schedule.length_dependent or schedule.learned:
+        return None
+    for own_types in (True, False):
+        try:
+            parameters = written(schedule, kind.geometry, kind.turning, own_types=own_types)
+            config = copy.deepcopy(site.rotary.config)
+            attributes = with_parameters(config, parameters, kind.layer_type, kind.geometry.trained_length)
+            for key, value in {"max_position_embeddings": target, **attributes}.items():
+                setattr(config, key, value)
+            getattr(config, "validate", lambda: None)()
+            rotary = fresh_rotary(name, site.rotary, config)
+        except Exception:  # this config does not take this type, and says so in a class of its own
+            continue
+        turning = None if kind.turning is None else torch.tensor(kind.turning)
+        how = (rotary, site.layout, kind.geometry, schedule, turning, kind.layer_type)
+        if makes_tables_of(*how, length=target, multi_axis=site.axes is not None):
+            return parameters["rope_type"], attributes
+    return None
 
 
 def _described(schedule: FrequencySchedule) -> dict[str, Any]:

@@ -16,7 +16,15 @@ from ropex.patching.tables import Channels, RotaryFunction, Style, TableLayout, 
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling import FrequencySchedule, Unscaled
 
-__all__ = ["axes_of_pairs", "fresh_rotary", "probe_function", "probe_positions", "probe_table", "tables_match"]
+__all__ = [
+    "axes_of_pairs",
+    "fresh_rotary",
+    "makes_tables_of",
+    "probe_function",
+    "probe_positions",
+    "probe_table",
+    "tables_match",
+]
 
 # Libraries that bind their own kernel to a modeling file's rotary function. Ours takes its place, so that theirs need
 # not be run to know what it pairs (on a CPU it cannot run).
@@ -131,6 +139,30 @@ def tables_match(
         error = error + _angle_error(geometry, positions, torch.float32)
     want = _exact(schedule.rotation(Request(geometry, positions, positions.max() + 1)), turning)
     return _tables_close(got, want, error, "narrow")
+
+
+@torch.no_grad()
+def makes_tables_of(
+    rotary: nn.Module,
+    layout: TableLayout,
+    geometry: Geometry,
+    schedule: FrequencySchedule,
+    turning: Tensor | None,
+    layer_type: str | None,
+    *,
+    length: int,
+    multi_axis: bool,
+) -> bool:
+    """Whether a rotary module of transformers makes the tables of a schedule, up to a length and below the trained."""
+    for reach in (length, min(length, geometry.trained_length)):
+        positions = torch.arange(reach)[None, :: max(reach // 9, 1)]
+        asked = positions.expand(_AXES, *positions.shape) if multi_axis else positions
+        got = rotary(hidden_states_like(), asked, *(() if layer_type is None else (layer_type,)))
+        error = 1e-6 + _angle_error(geometry, positions, torch.float32)
+        request = Request(geometry, positions, torch.tensor(length))
+        if not _tables_close(got, _exact(schedule.rotation(request), turning), error, layout):
+            return False
+    return True
 
 
 def probe_function(

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ropex.patching import float32
 from ropex.patching.probe import rotated
-from ropex.patching.tables import RotaryFunction
+from ropex.patching.tables import Channels, RotaryFunction
 
-__all__ = ["Rotating", "Swap", "generated_class", "rotating_class", "swap_class", "unswap_class"]
+__all__ = ["Rotating", "Swap", "channels_of", "generated_class", "rotating_class", "swap_class"]
 
 
 class Swap(NamedTuple):
@@ -60,22 +60,19 @@ def _new(swap: Swap) -> Any:
 
 
 def swap_class(module: nn.Module, cls: type[Any]) -> None:
-    """Make a module an instance of a class that is generated from its own."""
-    _rebind(module, cls)
-    module.__class__ = cls
-
-
-def unswap_class(module: nn.Module, base: type[Any]) -> None:
-    _rebind(module, base)
-    module.__class__ = base
-
-
-def _rebind(module: nn.Module, cls: type[Any]) -> None:
-    """accelerate's hooks keep the forward that they wrap on the instance: theirs follows the class."""
+    """Make a module an instance of a class that is generated from its own, or of its own again."""
+    # accelerate's hooks keep the forward that they wrap on the instance: theirs follows the class.
     for name in ("_old_forward", "forward"):
         bound = vars(module).get(name)
         if getattr(bound, "__func__", None) is type(module).forward:
             setattr(module, name, types.MethodType(cls.forward, module))
+    module.__class__ = cls
+
+
+def channels_of(model: nn.Module) -> Channels:
+    """Which channels of a head a patched model pairs."""
+    swaps = (module.ropex_made_from for module in model.modules() if isinstance(module, Rotating))
+    return next(swaps).functions[0].channels
 
 
 def generated_class(base: type[Any], mixin: type[Any], namespace: dict[str, Any], *, first: bool = False) -> type[Any]:

@@ -1,0 +1,106 @@
+"""What a training script needs: parameter groups, and a callback for transformers' Trainer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from ropex.patching import files
+from ropex.patching.detect import Spot, find_patched
+
+__all__ = ["RopexCallback"]
+
+_log = logging.getLogger("ropex")
+
+
+class RopexCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Keeps watch over a patch in a run of transformers' Trainer, or of one that is made from it.
+
+    At the start it checks that the patch is in effect, that no sample is longer than what the patch reaches, and that
+    what the method learns is trained and not decayed. It logs what the patch does, and writes `ropex.json` and
+    `ropex.safetensors` into each checkpoint and at the end into the output directory, for `ropex.load`.
+
+    Args:
+        max_length: tokens of the longest sample. None: what the arguments of the run say (`max_length`,
+            `max_seq_length`), or else the longest `input_ids` of the data set.
+
+    Raises:
+        ValueError: at the start of a run that would not do what it should.
+
+    Example:
+        >>> Trainer(model, args, callbacks=[ropex.RopexCallback()], ...)  # doctest: +SKIP
+    """
+
+    def __init__(self, max_length: int | None = None) -> None:
+        self.max_length = max_length
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        spots = _require_patched(model)
+        patched = spots[0].patched
+        for spot in spots:
+            spot.patched.check()
+        reach = patched.config.max_position_embeddings
+        longest = self._longest(args, kwargs.get("train_dataloader"))
+        if longest is not None and longest > reach:
+            raise ValueError(
+                f"samples of up to {longest} tokens with {patched.rope.schedule!r}, which reaches {reach}: must fit; "
+                "patch with a larger factor or length, or cut the samples"
+            )
+        if patched.rope.schedule.learned:
+            _require_trained(spots, kwargs.get("optimizer"))
+        _log.info("%r reaches %d tokens; longest sample: %s", patched.rope.schedule, reach, longest or "unknown")
+
+    def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            _require_patched(model)
+            files.save(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            _require_patched(model)
+            files.save(model, args.output_dir)
+
+    def _longest(self, args: Any, loader: Any) -> int | None:
+        stated = (self.max_length, getattr(args, "max_length", None), getattr(args, "max_seq_length", None))
+        if (known := next((length for length in stated if length is not None), None)) is not None:
+            return int(known)
+        dataset = getattr(loader, "dataset", None)
+        if dataset is None or not hasattr(dataset, "__len__"):
+            return None  # a stream, which only its end would tell
+        lengths = (len(sample["input_ids"]) for sample in dataset if "input_ids" in sample)
+        return max(lengths, default=None)
+
+
+def _require_patched(model: nn.Module) -> list[Spot]:
+    if spots := find_patched(model):
+        return spots
+    raise ValueError(
+        f"{type(model).__name__} is not patched: the run would train the model as it was; call ropex.patch(model, ...) "
+        "before the Trainer is made"
+    )
+
+
+def _require_trained(spots: list[Spot], optimizer: Any) -> None:
+    """Raise unless what a schedule learns is in the optimizer, and does not decay."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    for spot in spots:
+        for name, parameter in spot.patched.named_parameters():
+            full = f"{spot.path}.{name}"
+            if not parameter.requires_grad:
+                raise ValueError(
+                    f"{full} does not require a gradient, so the schedule would learn nothing: must be trained; with "
+                    'PEFT pass modules_to_save=["rotary_emb"]'
+                )
+            groups = [] if optimizer is None else optimizer.param_groups
+            group = next((g for g in groups if any(p is parameter for p in g["params"])), None)
+            if optimizer is not None and group is None:
+                raise ValueError(f"{full} is not in the optimizer; make it with ropex.param_groups(model)")
+            if group is not None and group.get("weight_decay"):
+                raise ValueError(
+                    f"{full} has weight_decay={group['weight_decay']}, which pulls the schedule back to where it "
+                    "began; pass optimizers=(torch.optim.AdamW(ropex.param_groups(model, weight_decay=...)), None)"
+                )
