@@ -203,7 +203,10 @@ def test_one_pin_serves_a_conversation() -> None:
 
 def test_outgrowing_a_pin_in_generate_is_an_error_by_default() -> None:
     model, patch = patched("dynamic_ntk")
-    with patch.pin_length(90), pytest.raises(ValueError, match=r'91 tokens under pin_length\(90\).*outgrown="reprefill"'):
+    with (
+        patch.pin_length(90),
+        pytest.raises(ValueError, match=r'91 tokens under pin_length\(90\).*outgrown="reprefill"'),
+    ):
         generate(model, tiny_tokens(80), 40)
 
 

@@ -7,12 +7,13 @@ import dis
 import functools
 import inspect
 import re
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ropex.patching.config import text_config
 
@@ -109,42 +110,51 @@ def _norms_after(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def uses_tables(module: nn.Module, config: Any, tables: tuple[Tensor, ...]) -> bool | None:
-    """Whether a copy of the attention without weights looks at these cos and sin; None where it cannot be run.
+def uses_tables(module: nn.Module, config: Any, functions: tuple[str, ...], tables: tuple[Tensor, ...]) -> bool | None:
+    """Whether a copy of the attention without weights hands these cos and sin to one of its rotary functions.
 
-    Some layers of some models do not rotate, by a flag that no common name has.
+    Some layers of some models do not rotate, by a flag that no common name has. None where the copy cannot be run.
 
     Args:
+        functions: the globals by which its forward calls rotary functions.
         tables: [1, 2, width], as the model's own rotary module would give them.
     """
     config = text_config(config)
     for device in ("meta", "cpu"):  # some forwards ask for values, which only the second has: zeros
         given = tuple(torch.zeros_like(table, device=device) for table in tables)
-        watch = _Watch(given)
         try:
             copied = _light_copy(module, given, device)
             inputs = _inputs(module, config, given, device)
-            with watch, torch.device(device):
-                copied(**inputs)
-        except Exception:  # a call that broke off later tells enough
-            if watch.seen:
-                return True
-        else:
-            return watch.seen
+            with torch.device(device):
+                _stopping_forward(type(module), functions, given)(copied, **inputs)
+        except _Rotated:
+            return True
+        except Exception:  # perhaps the other device can
+            continue
+        return False
     return None
 
 
-class _Watch(TorchFunctionMode):
-    """Notices any torch function that is given one of these tensors."""
+class _Rotated(Exception):
+    """A rotary function was called with the tables: nothing more is to be seen."""
 
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        super().__init__()
-        self.ids = {id(tensor) for tensor in tensors}
-        self.seen = False
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen = self.seen or any(id(arg) in self.ids for arg in (*args, *(kwargs or {}).values()))
-        return function(*args, **(kwargs or {}))
+def _stopping_forward(
+    cls: type[nn.Module], functions: tuple[str, ...], tables: tuple[Tensor, ...]
+) -> Callable[..., Any]:
+    """The class's forward over rotary functions that stop it when they are given one of the tables, or a view of it."""
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        for given in (*args, *kwargs.values()):
+            if any(given is table or getattr(given, "_base", None) is table for table in tables):
+                raise _Rotated
+        return args[0] if len(args) < 2 else args[:2]
+
+    forward = inspect.unwrap(cls.forward)
+    replaced = {**forward.__globals__, **dict.fromkeys(functions, stop)}
+    stopping = types.FunctionType(forward.__code__, replaced, "forward", forward.__defaults__, forward.__closure__)
+    stopping.__kwdefaults__ = forward.__kwdefaults__
+    return stopping
 
 
 class _Gives(nn.Module):
@@ -172,20 +182,18 @@ def _light_copy(module: nn.Module, tables: tuple[Tensor, ...], device: str) -> n
     for tensor in (*module.parameters(), *module.buffers()):
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         memo[id(tensor)] = torch.zeros(tensor.shape, dtype=dtype, device=device)
-    for name in ("config", "_hf_hook", "_old_forward"):
-        if (value := module.__dict__.get(name)) is not None:
-            memo[id(value)] = _eager(value) if name == "config" else None
+    moved = ("_hf_hook", "_old_forward", "forward")  # what accelerate puts on instances, to move weights about
+    for child in module.modules():
+        memo |= {id(vars(child)[name]): None for name in moved if name in vars(child)}
+    if (config := vars(module).get("config")) is not None:
+        memo[id(config)] = config
     copied = copy.deepcopy(module, memo)
-    copied.__dict__.pop("forward", None)  # of a hook that moves inputs and weights
-    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
-        getattr(copied, hooks).clear()
+    for child in copied.modules():
+        for name in moved:
+            vars(child).pop(name, None)
+        for hooks in (child._forward_pre_hooks, child._forward_hooks):
+            hooks.clear()
     return copied.eval()
-
-
-def _eager(config: Any) -> Any:
-    config = copy.copy(config)
-    config._attn_implementation_internal = "eager"
-    return config
 
 
 def _inputs(module: nn.Module, config: Any, tables: tuple[Tensor, ...], device: str) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def examine(model: nn.Module) -> Anatomy:
             group = (type(module), layer_type, window, _settings(module))
             if group not in verdicts:
                 zeros = torch.zeros(1, 2, kind.geometry.dim // 2)
-                verdicts[group] = uses_tables(module, config, laid_out(zeros, zeros, sites[0].layout))
+                verdicts[group] = uses_tables(module, config, names, laid_out(zeros, zeros, sites[0].layout))
             if verdicts[group] is not False:
                 slides = window is not None and window <= kind.geometry.trained_length
                 attentions.append(Attention(module, path, names, layer_type, window, slides, norm_follows(module)))
@@ -255,10 +255,10 @@ def _examine_site(model: nn.Module, model_name: str, path: str, rotary: nn.Modul
 
 
 def _runner(model: nn.Module, paths: list[str]) -> nn.Module:
-    """The innermost module that all attentions are in and that takes their cache; without caches, their inputs."""
+    """The innermost module that all attentions are in and that takes token ids or embeddings."""
     around = [(path, module) for path, module in model.named_modules() if all(_inside(each, path) for each in paths)]
     takes = {path: inspect.signature(type(module).forward).parameters for path, module in around}
-    for name in ("past_key_values", "input_ids", "hidden_states"):
+    for name in ("inputs_embeds", "input_ids"):
         if fitting := [module for path, module in around if name in takes[path]]:
             return fitting[-1]
     return model

@@ -74,10 +74,9 @@ def frozen_frequencies(
             "that they shall be frozen at"
         )
     with torch.no_grad(), torch.device("cpu"):
-        positions = torch.arange(4)[None]
-        request = Request(
-            geometry, positions, torch.tensor([length or schedule.target_length(geometry.trained_length)])
-        )
+        reach = length or schedule.target_length(geometry.trained_length)
+        positions = torch.tensor([[0, 1, reach // 2, max(reach - 1, 0)]])
+        request = Request(geometry, positions, torch.tensor([reach]))
         rotation = schedule.rotation(request)
     rows = rotation.inv_freq.reshape(-1, geometry.dim // 2)
     if not torch.equal(rotation.positions, positions) or not torch.equal(rows, rows[:1].expand_as(rows)):

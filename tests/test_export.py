@@ -1,0 +1,358 @@
+"""Saved patches come back, and exported ones need no ropex."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import ropex
+from ropex.cli import app
+from tests.families import logits_of, model_of, tokens
+
+SIX = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gpt_neox"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "abf": {"base": 50_000.0},
+    "proportional": {"fraction": 0.5},
+    "none": {},
+    "drope": {},
+}
+TYPES = {"none": "default", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
+STATIC = sorted(set(ropex.methods()) - {"clex", "dynamic_ntk", "dynamic_yarn", "longrope"})
+LENGTHS = (300, 1500)  # below and above the trained length of 512
+
+
+def saved(family: str, method: str, directory: Path, **options: Any) -> nn.Module:
+    model = model_of(family)
+    patch = ropex.patch(model, method, **(options or OPTIONS.get(method, {"factor": 4})))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".learned." in name:
+                parameter.normal_(std=0.02)
+    model.save_pretrained(directory)
+    patch.save(directory)
+    return model
+
+
+def plain(directory: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+# --- plain transformers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", SIX)
+@pytest.mark.parametrize("method", STATIC)
+def test_static_methods_in_plain_transformers(family: str, method: str, tmp_path: Path) -> None:
+    """By save_pretrained alone, and by an export."""
+    model = saved(family, method, tmp_path / "saved")
+    done = ropex.export(tmp_path / "saved", "transformers", tmp_path / "out")
+    assert done.rope_type == TYPES.get(method, "longrope")
+    assert done.lost == ()
+    for directory in ("saved", "out"):
+        other = plain(tmp_path / directory)
+        for length in LENGTHS:
+            ids = tokens(length)
+            assert (logits_of(other, ids) - logits_of(model, ids)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", SIX)
+@pytest.mark.parametrize("length", [1024, 1536])
+def test_a_learned_schedule_at_a_length(family: str, length: int, tmp_path: Path) -> None:
+    model = saved(family, "clex", tmp_path / "saved", max_factor=4)
+    with pytest.raises(ValueError, match=r"pass the length in tokens that they shall be frozen at"):
+        ropex.export(tmp_path / "saved", "transformers", tmp_path / "out")
+    done = ropex.export(tmp_path / "saved", "transformers", tmp_path / "out", length=length)
+    assert (done.rope_type, done.length) == ("longrope", length)
+    other = plain(tmp_path / "out")
+    assert other.config.max_position_embeddings == length
+    patched = ropex.Patch(model, next(m for m in model.modules() if type(m).__name__ == "PatchedRotary"))
+    for tokens_used in (200, length):
+        ids = tokens(tokens_used)
+        with patched.pin_length(length):
+            assert (logits_of(other, ids) - logits_of(model, ids)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["dynamic_ntk", "dynamic_yarn", "longrope"])
+def test_methods_that_depend_on_the_length(method: str, tmp_path: Path) -> None:
+    model = saved(
+        "llama", method, tmp_path / "saved", **({"factor": 2} if method != "dynamic_yarn" else {"floor": 1024})
+    )
+    done = ropex.export(tmp_path / "saved", "transformers", tmp_path / "frozen", length=1024)
+    assert done.rope_type == "longrope"
+    ids = tokens(1024)
+    assert (logits_of(plain(tmp_path / "frozen"), ids) - logits_of(model, ids)).abs().max() < 1e-5
+    if method == "dynamic_ntk":
+        done = ropex.export(tmp_path / "saved", "transformers", tmp_path / "own")
+        assert (done.rope_type, len(done.lost)) == ("dynamic", 1)
+        assert (logits_of(plain(tmp_path / "own"), ids) - logits_of(model, ids)).abs().max() < 1e-5
+
+
+def test_both_spellings_are_written(tmp_path: Path) -> None:
+    saved("llama", "truncated", tmp_path / "saved")
+    ropex.export(tmp_path / "saved", "transformers", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    parameters = config["rope_parameters"]
+    assert parameters["rope_theta"] == config["rope_theta"] == 10_000.0
+    assert config["rope_scaling"] == {key: value for key, value in parameters.items() if key != "rope_theta"}
+    assert max(parameters["long_factor"]) == 1e30, "a pair that does not turn; JSON has no infinity"
+    assert parameters["short_factor"] == parameters["long_factor"]
+    assert parameters["attention_factor"] == 1.0
+    assert type(config["max_position_embeddings"]) is int
+    assert not list((tmp_path / "out").glob("ropex.*"))
+
+
+def test_what_was_learned_leaves_the_weights(tmp_path: Path) -> None:
+    saved("llama", "clex", tmp_path / "saved")
+    ropex.export(tmp_path / "saved", "transformers", tmp_path / "out")
+    from safetensors import safe_open
+
+    names = {d: list(safe_open(tmp_path / d / "model.safetensors", "pt").keys()) for d in ("saved", "out")}
+    assert any("rotary_emb" in name for name in names["saved"])
+    assert not any("rotary_emb" in name for name in names["out"])
+
+
+def test_layer_types_are_written_apart(tmp_path: Path) -> None:
+    model = saved("gemma3_text", "yarn", tmp_path / "saved")
+    if not hasattr(model.config, "rope_parameters"):
+        pytest.skip("transformers 4 spells it otherwise")
+    ropex.export(tmp_path / "saved", "transformers", tmp_path / "out")
+    for directory in ("saved", "out"):
+        ids = tokens(1500)
+        assert (logits_of(plain(tmp_path / directory), ids) - logits_of(model, ids)).abs().max() < 1e-5
+
+
+def test_what_no_config_can_say(tmp_path: Path) -> None:
+    saved("llama", "e2llm", tmp_path / "first", factor=4, keep_first=4)
+    with pytest.raises(ValueError, match=r"gives tokens other positions or frequencies.*keep_first=0"):
+        ropex.export(tmp_path / "first", "transformers", tmp_path / "out")
+    model = saved("gpt_oss", "yarn", tmp_path / "mixed")
+    assert ropex.inspect(model).written is None
+    with pytest.raises(ValueError, match=r"some layers keep the model's own angles and share their parameters"):
+        ropex.export(tmp_path / "mixed", "transformers", tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "nothing is left half written"
+
+
+def test_a_config_class_that_takes_one_type_only(tmp_path: Path) -> None:
+    model = saved("phi3", "yarn", tmp_path / "saved")
+    assert ropex.inspect(model).written == "longrope"
+    done = ropex.export(tmp_path / "saved", "transformers", tmp_path / "out")
+    assert done.rope_type == "longrope"
+    ids = tokens(1500)
+    assert (logits_of(plain(tmp_path / "out"), ids) - logits_of(model, ids)).abs().max() < 1e-5
+
+
+# --- vLLM -------------------------------------------------------------------------------------------------------------
+
+
+def test_vllm(tmp_path: Path) -> None:
+    saved("llama", "ntk", tmp_path / "ntk")
+    done = ropex.export(tmp_path / "ntk", "vllm", tmp_path / "out")
+    assert done.command == f"vllm serve {tmp_path / 'out'} --max-model-len 2048"
+    parameters = json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"]
+    assert parameters["short_mscale"] == parameters["long_mscale"] == parameters["attention_factor"]
+    saved("cohere", "ntk", tmp_path / "cohere")
+    with pytest.raises(
+        ValueError, match=r"pairs interleaved channels, and vLLM takes one divisor per pair only for hal"
+    ):
+        ropex.export(tmp_path / "cohere", "vllm", tmp_path / "cohere-out")
+    saved("cohere", "yarn", tmp_path / "yarn")
+    assert ropex.export(tmp_path / "yarn", "vllm", tmp_path / "yarn-out").rope_type == "yarn"
+    saved("llama", "dynamic_ntk", tmp_path / "dynamic", factor=2)
+    assert "vLLM scales every context" in ropex.export(tmp_path / "dynamic", "vllm", tmp_path / "dynamic-out").lost[0]
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def gguf_file(path: Path, arch: str = "llama", dim: int = 16) -> Path:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, arch=arch)
+    writer.add_context_length(512)
+    writer.add_rope_dimension_count(dim)
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_tensor("token_embd.weight", torch.arange(12, dtype=torch.float32).reshape(3, 4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(("method", "amplitude"), [("yarn", 1.1386294), ("truncated", 1.0)])
+def test_gguf(method: str, amplitude: float, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = saved("llama", method, tmp_path / "saved")
+    source = gguf_file(tmp_path / "saved" / "model.gguf")
+    done = ropex.export(tmp_path / "saved", "gguf", tmp_path / "out.gguf")
+    assert done.command == f"llama-server -m {tmp_path / 'out.gguf'} -c 2048"
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    geometry = ropex.inspect(model).geometry
+    rotation = ropex.inspect(model).schedule.at(geometry, length=1)
+    want = geometry.inv_freq() / tensors["rope_freqs.weight"].double()
+    torch.testing.assert_close(want, rotation.inv_freq.flatten(), rtol=1e-6, atol=1e-25)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["llama.context_length"] == 2048
+    assert fields.get("llama.rope.scaling.attn_factor", 1.0) == pytest.approx(amplitude)
+    assert "llama.rope.scaling.type" not in fields, "the old scaling is gone"
+    assert fields["tokenizer.ggml.tokens"] == ["a", "b", "c"]
+    assert torch.equal(tensors["token_embd.weight"], torch.arange(12, dtype=torch.float32).reshape(3, 4))
+    assert source.exists()
+
+
+def test_gguf_of_what_the_loader_would_ignore(tmp_path: Path) -> None:
+    saved("qwen2", "ntk", tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"holds 0 GGUF files; pass model=, the file that .*convert_hf_to_gguf"):
+        ropex.export(tmp_path / "saved", "gguf", tmp_path / "out.gguf")
+    source = gguf_file(tmp_path / "qwen2.gguf", arch="qwen2")
+    with pytest.raises(ValueError, match=r'architecture "qwen2", whose loader in llama.cpp does not read rope_freqs'):
+        ropex.export(tmp_path / "saved", "gguf", tmp_path / "out.gguf", model=source)
+    other = gguf_file(tmp_path / "other.gguf", dim=64)
+    with pytest.raises(ValueError, match=r"rotates 64 channels, and the patch 16: convert the model that"):
+        ropex.export(tmp_path / "saved", "gguf", tmp_path / "out.gguf", model=other)
+    (tmp_path / "text.gguf").write_text("not a model")
+    with pytest.raises(ValueError, match=r"text\.gguf: must be a GGUF file"):
+        ropex.export(tmp_path / "saved", "gguf", tmp_path / "out.gguf", model=tmp_path / "text.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+# --- saved and loaded -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", sorted(ropex.methods()))
+def test_save_and_load(method: str, tmp_path: Path) -> None:
+    options = OPTIONS.get(method, {"factor": 4} if method != "dynamic_yarn" else {"floor": 2048})
+    model = saved("llama", method, tmp_path, **options)
+    again, ids = model_of("llama"), tokens(700)
+    patch = ropex.load(again, tmp_path)
+    assert patch.schedule.to_dict() == ropex.inspect(model).schedule.to_dict()
+    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+    patch.remove()
+    assert torch.equal(logits_of(again, ids), logits_of(model_of("llama"), ids))
+
+
+def test_settings_are_saved(tmp_path: Path) -> None:
+    model = saved("gemma2", "yarn", tmp_path, factor=4, sliding="scale", precision="float32", angles="float32", seed=3)
+    again = model_of("gemma2")
+    ropex.load(again, tmp_path)
+    assert ropex.inspect(again) == ropex.inspect(model)
+    assert ropex.inspect(again).precision == ropex.inspect(again).angles == "float32"
+
+
+def broken(change: str, directory: Path) -> None:
+    path = directory / "ropex.json"
+    content = json.loads(path.read_text())
+    if change == "missing":
+        path.unlink()
+        return
+    if change == "not json":
+        path.write_text("{")
+        return
+    if change == "weights missing":
+        (directory / "ropex.safetensors").unlink()
+        return
+    if change == "weights changed":
+        data = bytearray((directory / "ropex.safetensors").read_bytes())
+        data[-1] ^= 1
+        (directory / "ropex.safetensors").write_bytes(data)
+        return
+    if change == "newer":
+        content["format"] = 99
+    if change == "foreign":
+        content = {"version": 1}
+    if change == "edited":
+        content["schedule"]["options"]["factor"] = 5
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"must be a directory with ropex\.json"),
+        ("not json", r"ropex\.json: must be JSON, and is not"),
+        ("newer", r"has format 99, written by ropex .*update it"),
+        ("foreign", r"was not written by ropex"),
+        ("edited", r"ropex\.json: was changed after it was written \(its hash does not fit\)"),
+        ("weights missing", r"ropex\.safetensors: is missing"),
+        ("weights changed", r"ropex\.safetensors: was changed after it was written"),
+    ],
+)
+def test_files_that_cannot_be_trusted(change: str, message: str, tmp_path: Path) -> None:
+    saved("llama", "clex", tmp_path)
+    broken(change, tmp_path)
+    model, ids = model_of("llama"), tokens()
+    want = logits_of(model, ids)
+    with pytest.raises(ValueError, match=message):
+        ropex.load(model, tmp_path)
+    assert not ropex.inspect(model).patched
+    assert torch.equal(logits_of(model, ids), want)
+
+
+def test_a_model_of_another_geometry_is_refused(tmp_path: Path) -> None:
+    saved("llama", "clex", tmp_path)
+    for options in ({"head_dim": 32}, {"max_position_embeddings": 1024}):
+        model = model_of("llama", **options)
+        config = model.config.to_dict()
+        with pytest.raises(
+            ValueError, match=r"was saved from a model of .*load it into the model that it was made for|dim"
+        ):
+            ropex.load(model, tmp_path)
+        assert not ropex.inspect(model).patched
+        assert model.config.to_dict() == config
+
+
+def test_a_schedule_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
+    class Own(type(ropex.schedule("none"))):  # type: ignore[misc]
+        method = "own"
+
+    model = model_of("llama")
+    patch = ropex.patch(model, Own())
+    with pytest.raises(ValueError, match=r"must be one of ropex\.methods\(\), whose name a file can hold"):
+        patch.save(tmp_path)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    saved("llama", "ntk", tmp_path / "saved")
+    run = CliRunner().invoke
+    done = run(app, ["export", str(tmp_path / "saved"), "--to", "vllm", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0
+    assert f"wrote {tmp_path / 'out'}: longrope, 2048 tokens" in done.output
+    assert f"vllm serve {tmp_path / 'out'} --max-model-len 2048" in done.output
+    done = run(app, ["inspect", str(tmp_path / "saved")])
+    assert done.exit_code == 0
+    for part in ("NTKAware(factor=4", "2048 tokens, 4 x the trained 512", 'says "longrope"'):
+        assert part in done.output
+    done = run(app, ["inspect", str(tmp_path / "out")])
+    assert "transformers' longrope" in done.output
+    again = ["export", str(tmp_path / "saved"), "--to", "vllm", "--out", str(tmp_path / "out")]
+    for arguments, message in (
+        (again, "must be a new or empty directory"),
+        (["inspect", str(tmp_path)], "must be a directory with config.json"),
+        (
+            ["export", str(tmp_path), "--to", "vllm", "--out", str(tmp_path / "x")],
+            "must be a directory with ropex.json",
+        ),
+    ):
+        done = run(app, arguments)
+        assert done.exit_code != 0
+        assert message in " ".join(done.output.split())
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="reads what transformers 5 wrote")
+def test_the_command_needs_no_weights(tmp_path: Path) -> None:
+    saved("llama", "yarn", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert CliRunner().invoke(app, ["inspect", str(tmp_path)]).exit_code == 0
