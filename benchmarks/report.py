@@ -1,4 +1,4 @@
-"""Write the tables of docs/results.md, docs/numerics.md and README.md from the JSON in benchmarks/results.
+"""Write docs/families.md and the tables of other pages from the JSON in benchmarks/results.
 
     python -m benchmarks.report [--check]
 
@@ -17,6 +17,7 @@ from benchmarks import RESULTS
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 README = Path(__file__).parents[1] / "README.md"
 NUMERICS = PAGE.with_name("numerics.md")
+FAMILIES = PAGE.with_name("families.md")
 END = "<!-- end -->"
 
 
@@ -145,6 +146,96 @@ with its own q and k:
 """
 
 
+def precision_patch() -> str:
+    result = load("precision_patch.json")
+    rows = [
+        [f"`{name}`" if "=" in name else name, f"{row['d']:.4f}", f"{row['d_logit']:.2e}", spread(row["time"], 2)]
+        + [str(row["memory_mib"])]
+        for name, row in result["rows"].items()
+    ]
+    return f"""{result["model"]}, {result["tokens"]} tokens moved by {result["shift"]}. Time of a forward pass over the
+unpatched model's: median and quartiles of {result["pairs"]} pairs; memory: what a pass over
+{result["memory_tokens"]} tokens adds at its peak.
+
+{table(["patch", "D", "D_logit", "time", "MiB"], rows)}
+
+`python -m benchmarks.precision_patch` ([JSON](../benchmarks/results/precision_patch.json)). {environment(result)}
+"""
+
+
+def families_page() -> str:
+    result = load("families.json")
+    found: dict[str, dict[str, Any]] = {"works": {}, "refused": {}, "not built": {}}
+    for family, each in result["families"].items():
+        found[each["status"]][family] = each
+    works = [
+        [
+            f"`{name}`",
+            each["layout"].replace("/", ", "),
+            str(each["rotary_dim"]),
+            family_layers(each),
+            family_note(each),
+        ]
+        for name, each in found["works"].items()
+    ]
+    others = {
+        status: [[f"`{name}`", each["reason"].replace("|", "/")] for name, each in found[status].items()]
+        for status in ("refused", "not built")
+    }
+    none, float32 = (max(each[key] for each in found["works"].values()) for key in ("none", "none_float32"))
+    yarn = [each["yarn"] for each in found["works"].values() if each.get("yarn") is not None and not each["softmax"]]
+    return f"""# Families
+
+Made from the JSON in `benchmarks/results` by `python -m benchmarks.report`.
+
+Tiny random models of every family that transformers {result["environment"]["transformers"]} has a causal language model
+for, and of encoders that rotate; `tests/families.py` builds them and `tests/test_families.py` holds them to this
+grid. Every type is a `config.model_type`.
+
+**{len(works)} work.** With `none` the largest change of any logit is {none:.0e}, and
+{float32:.0e} with `angles="float32"` (0 but for complex tables, whose product rounds in another order). `yarn`
+differs from transformers' own by at most {max(yarn):.0e} on the {len(yarn)} that have one. Another instance was
+untouched, and removal exact, on all.
+
+{table(["type", "tables, channels", "rotary dimension here", "layers that rotate here", "note"], works)}
+
+**{len(others["refused"])} are refused**, with what the error says:
+
+{table(["type", "reason"], others["refused"])}
+
+**{len(others["not built"])} could not be built or run small**, and are not tested:
+
+{table(["type", "why"], others["not built"])}
+
+`python -m benchmarks.families` ([JSON](../benchmarks/results/families.json)). {environment(result)}
+"""
+
+
+def family_layers(each: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{count} {name.replace('_attention', '')}{f' (window {window})' if window else ''}"
+        for name, count, window in each["layers"]
+    )
+
+
+def family_note(each: dict[str, Any]) -> str:
+    notes = []
+    if each.get("softmax"):
+        notes.append("amplitude in the softmax scale")
+    if each["written"] is None and not each.get("softmax"):
+        notes.append("the config cannot say it")
+    elif each["written"] not in (None, "yarn"):
+        notes.append(f"written as {each['written']}")
+    return "; ".join(notes)
+
+
+def versions_table() -> str:
+    result = load("versions.json")
+    counts = ("passed", "failed", "skipped")
+    rows = [[name, *(str(each.get(count, 0)) for count in counts), each["torch"]] for name, each in result.items()]
+    return table(["transformers", *counts, "torch"], rows)
+
+
 def speed() -> str:
     found = [load(path.name) for path in sorted(RESULTS.glob("speed_*.json"))]
     return "\n".join(speed_on(result) for result in found)
@@ -248,8 +339,15 @@ def pages() -> dict[Path, str]:
     """What the pages with results must say."""
     return {
         PAGE: page(),
-        README: filled(README, perplexity=perplexity_table()),
-        NUMERICS: filled(NUMERICS, angles=angles_table(), ladder=ladder_table(), model=model_table()),
+        README: filled(README, perplexity=perplexity_table(), versions=versions_table()),
+        NUMERICS: filled(
+            NUMERICS,
+            angles=angles_table(),
+            ladder=ladder_table(),
+            model=model_table(),
+            precision_patch=precision_patch(),
+        ),
+        FAMILIES: families_page(),
     }
 
 

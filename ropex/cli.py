@@ -127,7 +127,7 @@ def export(
 ) -> None:
     """Write a patched model for an engine that does not know ropex."""
     try:
-        done = ropex.export(directory, to.value, out_path, model=model, length=length)  # type: ignore[arg-type]
+        done = ropex.export(directory, to.value, out_path, model=model, length=length)
         out.print(str(done), highlight=False, soft_wrap=True, markup=False)
     except ValueError as error:
         _fail(str(error))

@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -17,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import ropex
 from ropex.patching.config import text_config
 
+FIVE = int(transformers.__version__.partition(".")[0]) >= 5
 VOCABULARY, TRAINED_LENGTH = 128, 512
 LARGEST = 30_000_000  # parameters of a model that is still called tiny
 SIZES: dict[str, Any] = {
@@ -127,6 +129,10 @@ def families() -> tuple[str, ...]:
 
 def config_of(family: str, **options: Any) -> Any:
     wanted = {**SIZES, **OPTIONS.get(family, {}), **options}
+    if not FIVE and "rope_parameters" in wanted:  # transformers 4 has other words
+        parameters = dict(wanted.pop("rope_parameters"))
+        wanted |= {"rope_theta": parameters.pop("rope_theta", 10_000.0)}
+        wanted |= {"rope_scaling": parameters if parameters.get("rope_type") != "default" else None}
     if family in COMPOSITE:
         text = {**SIZES, **OPTIONS.get(COMPOSITE[family], {}), **options}
         return AutoConfig.for_model(family, text_config=text, vision_config=VISION, audio_config=None)
@@ -220,6 +226,8 @@ def _own_yarn(model: nn.Module, family: str, ids: torch.Tensor, got: torch.Tenso
     text = text_config(config)
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED_LENGTH}
     before = getattr(text, "rope_parameters", None)
+    if not FIVE and family in ("gemma3_text", "nemotron", "olmo3"):  # there it scales some layers, or fewer channels
+        return None
     try:
         if before is None:
             text.rope_scaling = scaling

@@ -117,7 +117,7 @@ def test_beams_and_several_sequences_keep_the_length_of_their_row() -> None:
 
 
 def test_inputs_embeds_count_as_context() -> None:
-    model, patch = patched("dynamic_ntk")
+    model, _ = patched("dynamic_ntk")
     ids = tiny_tokens(90)
     embeds = model.get_input_embeddings()(ids).detach()
     settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 10}

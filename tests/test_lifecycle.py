@@ -325,7 +325,7 @@ def test_a_library_that_rebinds_the_rotary_function_does_not_win(monkeypatch: py
 
 
 def test_a_patch_is_not_in_the_way_of_kernelize() -> None:
-    """transformers registers the function with the attention class; the patch's own class inherits that and calls ours."""
+    """transformers registers its function with the attention class; the patch's class inherits that and calls ours."""
     model = patched("llama")
     attention = next(module for module in model.modules() if isinstance(module, Rotating))
     assert type(attention).forward.__globals__["apply_rotary_pos_emb"].__module__ == "ropex.patching.swap"

@@ -91,7 +91,8 @@ def window_of(module: nn.Module, config: Any, path: str) -> tuple[str | None, in
 
 def norm_follows(module: nn.Module) -> bool:
     """Whether the forward normalises queries and keys between its last rotation and its attention."""
-    return any(isinstance(getattr(module, name, None), nn.Module) for name in _norms_after(type(module)))
+    cls: Any = type(module)
+    return any(isinstance(getattr(module, name, None), nn.Module) for name in _norms_after(cls))
 
 
 @functools.cache
@@ -178,7 +179,8 @@ def _light_copy(module: nn.Module, tables: tuple[Tensor, ...], device: str) -> n
         if "Rotary" in type(child).__name__:
             memo[id(child)] = _Gives(tables)
         elif all(isinstance(size, int) for size in sizes):
-            memo[id(child)] = nn.Linear(*sizes, bias=False, device=device, dtype=torch.float32)  # type: ignore[arg-type]
+            plain: Any = nn.Linear
+            memo[id(child)] = plain(*sizes, bias=False, device=device, dtype=torch.float32)
     for tensor in (*module.parameters(), *module.buffers()):
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         memo[id(tensor)] = torch.zeros(tensor.shape, dtype=dtype, device=device)

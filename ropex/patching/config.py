@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
@@ -29,6 +31,12 @@ class UnsupportedModelError(ValueError):
     """The model does not rotate in a way that ropex knows; nothing was changed."""
 
 
+@functools.cache
+def _has_rope_parameters() -> bool:
+    """Whether configs say it as transformers 5 does; those of 4 may carry its words too, and do not read them."""
+    return int(version("transformers").partition(".")[0]) >= 5
+
+
 def text_config(config: Any) -> Any:
     """The part of a config that describes the text model: itself, unless it is made of several."""
     get = getattr(config, "get_text_config", None)
@@ -42,7 +50,7 @@ def rope_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any
     the optional `rope_scaling`.
     """
     name = type(config).__name__
-    parameters = getattr(config, "rope_parameters", None)
+    parameters = getattr(config, "rope_parameters", None) if _has_rope_parameters() else None
     if parameters is None:
         parameters = dict(getattr(config, "rope_scaling", None) or {})
         parameters.setdefault("rope_theta", getattr(config, "rope_theta", None))
@@ -86,7 +94,7 @@ def pretraining_length(config: Any, layer_type: str | None = None) -> int | None
 def unscaled(config: Any, layer_type: str | None = None) -> Any:
     """A copy of the config without its scaling."""
     config = copy.deepcopy(config)
-    parameters = getattr(config, "rope_parameters", None)
+    parameters = getattr(config, "rope_parameters", None) if _has_rope_parameters() else None
     if parameters is None:
         config.rope_scaling = None
         return config
@@ -106,7 +114,7 @@ def with_parameters(
     """
     stated = {"original_max_position_embeddings": trained_length}
     outside = stated if hasattr(config, "original_max_position_embeddings") else {}
-    before = getattr(config, "rope_parameters", None)
+    before = getattr(config, "rope_parameters", None) if _has_rope_parameters() else None
     if before is None:
         legacy = {key: value for key, value in parameters.items() if key != "rope_theta"}
         return {"rope_scaling": None if legacy["rope_type"] == "default" else legacy, **outside}

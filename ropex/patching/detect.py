@@ -136,7 +136,7 @@ def examine(model: nn.Module) -> Anatomy:
     name = type(model).__name__
     rotaries = dict(_text_rotaries(model, name))
     found = list(_find_attentions(model, list(rotaries)))
-    used = [path for path in rotaries if any(_within(attention, _owner(path)) for attention, *_ in found)]
+    used = [path for path in rotaries if any(_within(attention, _owner(model, path)) for attention, *_ in found)]
     if not used:
         raise UnsupportedModelError(
             f"{name} has a rotary embedding module ({', '.join(rotaries)}) but no attention that calls a rotary "
@@ -209,10 +209,13 @@ def _why_not(model_name: str, path: str, rotary: nn.Module) -> str | None:
 
 def _find_attentions(model: nn.Module, text: list[str]) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
     """Attentions that rotate for a text model: not those of an image tower with a rotary module of its own."""
-    owners = {_owner(path) for path, module in model.named_modules() if "rotary" in type(module).__name__.lower()}
-    of_text = {_owner(path) for path in text}
+    owners = {
+        _owner(model, path) for path, module in model.named_modules() if "rotary" in type(module).__name__.lower()
+    }
+    of_text = {_owner(model, path) for path in text}
     for path, module in model.named_modules():
-        if names := rotary_functions(type(module)):
+        cls: Any = type(module)
+        if names := rotary_functions(cls):
             nearest = max((owner for owner in owners if _within(path, owner)), key=len, default=None)
             if nearest in of_text:
                 _require_own_forward(type(model).__name__, module)
@@ -259,7 +262,8 @@ def _runner(model: nn.Module, paths: list[str]) -> nn.Module:
     around = [(path, module) for path, module in model.named_modules() if all(_inside(each, path) for each in paths)]
     takes = {path: inspect.signature(type(module).forward).parameters for path, module in around}
     for name in ("inputs_embeds", "input_ids"):
-        if fitting := [module for path, module in around if name in takes[path]]:
+        fitting: list[nn.Module] = [module for path, module in around if name in takes[path]]
+        if fitting:
             return fitting[-1]
     return model
 
@@ -287,10 +291,10 @@ def _configs(model: nn.Module) -> Iterator[Any]:
             yield text
 
 
-def _owner(path: str) -> str:
-    """The module that holds the one of this name; for one in a list, that which holds the list."""
-    owner, _, name = path.rpartition(".")
-    return _owner(owner) if name.isdigit() else owner
+def _owner(model: nn.Module, path: str) -> str:
+    """The module that holds the one of this name; for one in a list or dict, that which holds the container."""
+    owner = path.rpartition(".")[0]
+    return _owner(model, owner) if isinstance(model.get_submodule(owner), nn.ModuleList | nn.ModuleDict) else owner
 
 
 def _within(path: str, owner: str) -> bool:

@@ -88,7 +88,7 @@ def export(
         raise ValueError(f"out={str(out)!r}: must be a new or empty directory; pass another one")
     config = json.loads(config_path.read_text(encoding="utf-8"))
     parameters, reach = _write_method(saved, config, length)
-    lost = []
+    lost: list[str] = []
     if to == "vllm":
         lost += _for_vllm(saved, parameters)
     elif parameters["rope_type"] == "dynamic":
@@ -247,7 +247,8 @@ def _to_gguf(saved: files.Saved, out: Path, model: str | Path | None, length: in
         reader = gguf.GGUFReader(source)
     except (ValueError, OSError, IndexError) as error:
         raise ValueError(f"{source}: must be a GGUF file that llama.cpp's converter wrote: {error}") from error
-    arch = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
+    field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
+    arch = field.contents() if field is not None else None
     if arch not in _GGUF_READS_FREQUENCIES:
         raise ValueError(
             f'{source}: has the architecture "{arch}", whose loader in llama.cpp does not read rope_freqs.weight, so '

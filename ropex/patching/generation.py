@@ -130,7 +130,7 @@ class Pinning:
         return _new, (self.ropex_made_from,), self.__dict__.copy()
 
 
-def _new(base: type[Any]) -> Any:
+def _new(base: Any) -> Any:
     return object.__new__(pinning_class(base))
 
 
@@ -139,7 +139,7 @@ def can_pin(module: nn.Module) -> bool:
 
 
 @functools.cache
-def pinning_class(base: type[Any]) -> type[Any]:
+def pinning_class(base: Any) -> type[Any]:
     """The subclass of a model's class that pins prompt plus new tokens while it generates."""
 
     @functools.wraps(base.generate)

@@ -10,7 +10,7 @@ from torch import nn
 from ropex.kernels import Angles
 from ropex.patching.attention import window_of
 from ropex.patching.detect import examine, find_patched
-from ropex.patching.swap import Rotating, channels_of
+from ropex.patching.swap import Swap, channels_of
 from ropex.patching.tables import Channels, TableLayout
 from ropex.rotation import Geometry
 from ropex.scaling import FrequencySchedule
@@ -114,8 +114,7 @@ def inspect(model: nn.Module) -> Inspection:
     rope, config = patched.rope, patched.original.config
     kinds: dict[tuple[Any, ...], int] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Rotating):
-            swap = module.ropex_made_from
+        if (swap := getattr(type(module), "ropex_made_from", None)) is not None and isinstance(swap, Swap):
             layer_type, window = window_of(module, getattr(module, "config", None) or config, path)
             names = patched.tables.get(layer_type) or next(iter(patched.tables.values()))
             followed = patched.ropes[names[swap.table or 0]]

@@ -110,12 +110,13 @@ class PatchedRotary(nn.Module):
             device = rope.inv_freq.device
             if device.type == "meta":
                 break
-            positions = probe_positions(rope.geometry.trained_length).to(device)
-            mask = torch.tensor(self.turning[name], device=device) if name in self.turning else None
-            with torch.no_grad(), torch.device(device):
-                made = self._table(name, torch.zeros((), dtype=torch.float32), positions, torch.float32)
-            exact = self.angles != "float32"
-            same = tables_match(made, positions, rope.geometry, rope.schedule, mask, float32_angles=not exact)
+            with torch.no_grad(), torch.device("cpu"):
+                positions = probe_positions(rope.geometry.trained_length).to(device)
+                x = torch.zeros((), dtype=torch.float32, device=device)
+                mask = torch.tensor(self.turning[name], device=device) if name in self.turning else None
+                made = self._table(name, x, positions, torch.float32)
+                float32 = self.angles == "float32"
+                same = tables_match(made, positions, rope.geometry, rope.schedule, mask, float32_angles=float32)
             if not same:
                 raise UnsupportedModelError(
                     f"the patched cos and sin are not those of {rope.schedule!r}; please report this with the model's "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def own_schedule(config: Any, geometry: Geometry, layer_type: str | None = None)
     """
     parameters = rope_parameters(config, layer_type)
     kind = scaling_type(config, layer_type)
-    get = parameters.get
+    get: Callable[..., Any] = parameters.get
     factor = get("factor") or config.max_position_embeddings / geometry.trained_length
     if kind is None:
         return Unscaled()
@@ -47,7 +47,7 @@ def own_schedule(config: Any, geometry: Geometry, layer_type: str | None = None)
         short, long = (tuple(get(name)) for name in ("short_factor", "long_factor"))
         return LongRoPE(factor, short_factors=short, long_factors=long, amplitude=get("attention_factor"))
     if kind == "yarn":
-        betas = {"beta_fast": get("beta_fast") or 32.0, "beta_slow": get("beta_slow") or 1.0}
+        betas: dict[str, Any] = {"beta_fast": get("beta_fast") or 32.0, "beta_slow": get("beta_slow") or 1.0}
         options: dict[str, Any] = {"truncate": get("truncate", True), "amplitude": get("attention_factor")}
         if options["amplitude"] is None and get("mscale") and get("mscale_all_dim"):
             options |= {"mscale": get("mscale"), "mscale_all_dim": get("mscale_all_dim")}

@@ -205,7 +205,8 @@ def _apply(model: nn.Module, plan: Plan, tokenizer: Any) -> Patch:
     schedule = first.rope.schedule
     classes = [(module, rotating_class(swap)) for module, swap in plan.swaps]
     if schedule.length_dependent:
-        classes += [(module, pinning_class(type(module))) for module in model.modules() if can_pin(module)]
+        pinning: list[Any] = [module for module in model.modules() if can_pin(module)]
+        classes += [(module, pinning_class(module.__class__)) for module in pinning]
     for patched in plan.rotaries:
         patched.check()
     configs = own_configs(model)

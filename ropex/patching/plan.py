@@ -134,13 +134,14 @@ def plan_for(
     for attention in anatomy.attentions:
         names = tables.get(anatomy.sites[0].kind_for(attention.layer_type).layer_type, ())
         index = int(not scales[attention.path]) if len(names) > 1 else None
-        if full and not calls_interface(type(attention.module)):
+        cls: Any = type(attention.module)
+        if full and not calls_interface(cls):
             raise UnsupportedModelError(
-                f'precision="float32" with {name}: {type(attention.module).__name__} does not attend through '
+                f'precision="float32" with {name}: {cls.__name__} does not attend through '
                 'transformers\' attention interface; pass precision="model"'
             )
         half = anatomy.sites[0].kind_for(attention.layer_type).geometry.dim // 2
-        swap = Swap(type(attention.module), anatomy.functions_of(attention), index, half, full)
+        swap = Swap(cls, anatomy.functions_of(attention), index, half, full)
         swaps.append((attention.module, swap))
     amplitudes = tuple(_amplitudes(name, anatomy, schedule, rotaries[0].rope, scales))
     # In plain transformers the norm after the rotation would cancel the amplitude.

@@ -88,6 +88,7 @@ def probe_table(
     if device.type != "meta":
         # transformers' dynamic modules change in a call: they keep a long one's frequencies until a short one comes.
         live = copy.deepcopy(rotary)
+        _forget_length(live)
         dtype = next(buffer.dtype for name, buffer in rotary.named_buffers() if "inv_freq" in name)
         live(hidden_states_like(device), torch.zeros_like(asked, device=device), *kinds)
         got = live(hidden_states_like(device), asked.to(device), *kinds)
@@ -99,6 +100,13 @@ def probe_table(
                 "made; load the model anew, or remove what changed them"
             )
     return cast(TableLayout, layout)
+
+
+def _forget_length(rotary: nn.Module) -> None:
+    """Bring a module back to its first frequencies; some versions of transformers' dynamic ones never find back."""
+    if getattr(rotary, "rope_type", None) == "dynamic":
+        rotary.inv_freq = rotary.original_inv_freq.clone()  # type: ignore[operator]
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
 
 
 def axes_of_pairs(rotary: nn.Module, half: int) -> tuple[int, ...] | None:
@@ -215,7 +223,7 @@ def rotated(how: RotaryFunction, q: Tensor, k: Tensor | None, cos: Tensor, sin: 
     """What the rotary function gives, by ropex: the rotated q, or q and k."""
     if how.channels == "deinterleaved":
         q, k = _deinterleaved(q), _deinterleaved(k) if k is not None else None
-    return rotate_with_table(q, k, cos, -sin if how.backward else sin, layout=how.layout, **options)  # type: ignore[call-overload]
+    return rotate_with_table(q, k, cos, -sin if how.backward else sin, layout=how.layout, **options)
 
 
 def hidden_states_like(device: torch.device | None = None) -> Tensor:
@@ -224,7 +232,8 @@ def hidden_states_like(device: torch.device | None = None) -> Tensor:
 
 
 def _deinterleaved(x: Tensor) -> Tensor:
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    pairs: Tensor = x.unflatten(-1, (-1, 2))
+    return pairs.transpose(-1, -2).flatten(-2)
 
 
 def _style(model_name: str, function: Callable[..., Any], name: str) -> Style:

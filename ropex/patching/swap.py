@@ -114,7 +114,8 @@ def rotating_function(original: Callable[..., Any], how: RotaryFunction, swap: S
         cos, sin = freqs_cis.unbind(0)
         return rotate(q, k, cos, sin, args, kwargs)
 
-    return {"pair": apply_pair, "single": apply_single, "complex": apply_complex}[how.style]
+    styles: dict[str, Callable[..., Any]] = {"pair": apply_pair, "single": apply_single, "complex": apply_complex}
+    return styles[how.style]
 
 
 @functools.cache  # the identity of a class is the point

@@ -17,7 +17,7 @@ __all__ = ["RopexCallback"]
 _log = logging.getLogger("ropex")
 
 
-class RopexCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+class RopexCallback(TrainerCallback):
     """Keeps watch over a patch in a run of transformers' Trainer, or of one that is made from it.
 
     At the start it checks that the patch is in effect, that no sample is longer than what the patch reaches, and that
