@@ -165,6 +165,9 @@ def test_vllm(tmp_path: Path) -> None:
         ropex.export(tmp_path / "cohere", "vllm", tmp_path / "cohere-out")
     saved("cohere", "yarn", tmp_path / "yarn")
     assert ropex.export(tmp_path / "yarn", "vllm", tmp_path / "yarn-out").rope_type == "yarn"
+    saved("llama", "yarn", tmp_path / "warm", factor=4, amplitude=1.2)
+    assert ropex.export(tmp_path / "warm", "transformers", tmp_path / "warm-own").rope_type == "yarn"
+    assert ropex.export(tmp_path / "warm", "vllm", tmp_path / "warm-out").rope_type == "longrope"
     saved("llama", "dynamic_ntk", tmp_path / "dynamic", factor=2)
     assert "vLLM scales every context" in ropex.export(tmp_path / "dynamic", "vllm", tmp_path / "dynamic-out").lost[0]
 
@@ -239,6 +242,25 @@ def test_save_and_load(method: str, tmp_path: Path) -> None:
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
     patch.remove()
     assert torch.equal(logits_of(again, ids), logits_of(model_of("llama"), ids))
+
+
+@pytest.mark.parametrize("factor", [None, 8])
+def test_a_scaling_that_was_kept_is_kept_again(factor: int | None, tmp_path: Path) -> None:
+    own = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10_000.0}
+    model, again = (model_of("llama", rope_parameters=own) for _ in range(2))
+    patch = ropex.patch(model, on_scaled="keep", factor=factor)
+    patch.save(tmp_path)
+    assert ropex.load(again, tmp_path).schedule == patch.schedule
+    assert torch.equal(logits_of(again, tokens(600)), logits_of(model, tokens(600)))
+    assert again.config.max_position_embeddings == model.config.max_position_embeddings == 128 * (factor or 4)
+
+
+def test_a_checkpoint_whose_config_says_it_takes_its_sidecar_too(tmp_path: Path) -> None:
+    for method in ("yarn", "linear", "ntk"):
+        model = saved("llama", method, tmp_path / method)
+        again = plain(tmp_path / method)
+        ropex.load(again, tmp_path / method)
+        assert torch.equal(logits_of(again, tokens(600)), logits_of(model, tokens(600)))
 
 
 def test_settings_are_saved(tmp_path: Path) -> None:

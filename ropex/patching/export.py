@@ -87,7 +87,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={str(out)!r}: must be a new or empty directory; pass another one")
     config = json.loads(config_path.read_text(encoding="utf-8"))
-    parameters, reach = _write_method(saved, config, length)
+    parameters, reach = _write_method(saved, config, length, to)
     lost: list[str] = []
     if to == "vllm":
         lost += _for_vllm(saved, parameters)
@@ -111,7 +111,9 @@ def export(
     return Export(out, parameters["rope_type"], reach, commands[to], tuple(lost))
 
 
-def _write_method(saved: files.Saved, config: dict[str, Any], length: int | None) -> tuple[dict[str, Any], int]:
+def _write_method(
+    saved: files.Saved, config: dict[str, Any], length: int | None, to: Target
+) -> tuple[dict[str, Any], int]:
     """Put the method in a config, in place: as the engine's own type, or as `longrope` where its class takes no other.
 
     Returns:
@@ -124,6 +126,9 @@ def _write_method(saved: files.Saved, config: dict[str, Any], length: int | None
     before = copy.deepcopy(text)
     for own_types in (True, False):
         layer_type, parameters, reach = _parameters(saved, length, own_types=own_types)
+        # vLLM multiplies where transformers replaces the amplitude, and has no word for a ramp that is not truncated.
+        if to == "vllm" and parameters["rope_type"] == "yarn" and {"attention_factor", "truncate"} & set(parameters):
+            continue
         text.clear()
         text |= copy.deepcopy(before)
         _write_parameters(text, layer_type, parameters, reach)
@@ -298,7 +303,7 @@ def _one_gguf(directory: Path) -> Path:
 def _copy_fields(gguf: Any, reader: Any, writer: Any, arch: str) -> None:
     replaced = {gguf.Keys.General.ARCHITECTURE, gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=arch)}
     for name, field in reader.fields.items():
-        if name in replaced or name.startswith(("GGUF.", f"{arch}.rope.scaling.")):
+        if name in replaced or name.startswith(("GGUF.", f"{arch}.rope.scal")):
             continue
         kind, *inner = field.types
         writer.add_key_value(name, field.contents(), kind, sub_type=inner[-1] if inner else None)

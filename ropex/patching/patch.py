@@ -277,7 +277,9 @@ def load(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> P
     """
     saved = files.read(directory)
     plain = {name: value for name, value in saved.settings.items() if name != "data_rank"}
-    made = patch(model, saved.schedule, tokenizer=tokenizer, **{**plain, "on_scaled": "replace"})
+    if plain["on_scaled"] == "error":
+        plain["on_scaled"] = "replace"  # the model may come from where the config says what the patch did
+    made = patch(model, saved.schedule, tokenizer=tokenizer, **plain)
     try:
         files.restore(model, saved)
     except ValueError:

@@ -14,7 +14,7 @@ from torch import nn
 from ropex._checks import require_int
 from ropex.patching.attention import Attention, calls_interface
 from ropex.patching.config import UnsupportedModelError, rope_parameters, with_parameters
-from ropex.patching.detect import Anatomy, Kind
+from ropex.patching.detect import Anatomy, Kind, Site
 from ropex.patching.module import PatchedRotary
 from ropex.patching.native import written
 from ropex.patching.probe import fresh_rotary, makes_tables_of
@@ -99,73 +99,83 @@ def plan_for(
         raise UnsupportedModelError(
             f"{name}'s layers were trained at different lengths ({sorted(lengths)}): not supported"
         )
-    schedule, target = _schedule(name, kinds[0], _config(anatomy), method, factor, length, options, settings)
+    schedule, target = _schedule(
+        name, kinds[0], anatomy.sites[0].rotary.config, method, factor, length, options, settings
+    )
     if schedule.learned and len(anatomy.sites) > 1:
         raise UnsupportedModelError(
             f"{name} has {len(anatomy.sites)} rotary modules, and {schedule.method!r} learns one net for all"
         )
-    rotaries, tables = [], {}
-    for site in anatomy.sites:
-        device = next(buffer.device for name, buffer in site.rotary.named_buffers() if "inv_freq" in name)
-        ropes: dict[str, RotaryEmbedding] = {}
-        turning = {}
-        for kind in site.kinds:
-            served = [scales[a.path] for a in _served(anatomy, kind)]
-            wanted = [(True, kind.layer_type or "scaled"), (False, f"{kind.layer_type or ''}_kept".lstrip("_"))]
-            names = tuple(name for scaled, name in wanted if scaled in served) or (wanted[0][1],)
-            for scaled, rope_name in wanted:
-                if rope_name in names:
-                    follows = schedule if scaled else _own(name, kind)
-                    with device:
-                        ropes[rope_name] = RotaryEmbedding(
-                            kind.geometry, follows, seed=settings["seed"], data_rank=settings["data_rank"]
-                        )
-                    if kind.turning is not None:
-                        turning[rope_name] = kind.turning
-            tables[kind.layer_type] = names
-        choice = {kind.layer_type: tables[kind.layer_type] for kind in site.kinds}
-        patched = PatchedRotary(
-            ropes, choice, turning, site.rotary, layout=site.layout, axes=site.axes, angles=settings["angles"]
-        )
-        patched.settings = settings
-        rotaries.append(patched)
-    full = settings["precision"] == "float32"
-    swaps = []
-    for attention in anatomy.attentions:
-        names = tables.get(anatomy.sites[0].kind_for(attention.layer_type).layer_type, ())
-        index = int(not scales[attention.path]) if len(names) > 1 else None
-        cls: Any = type(attention.module)
-        if full and not calls_interface(cls):
-            raise UnsupportedModelError(
-                f'precision="float32" with {name}: {cls.__name__} does not attend through '
-                'transformers\' attention interface; pass precision="model"'
-            )
-        half = anatomy.sites[0].kind_for(attention.layer_type).geometry.dim // 2
-        swap = Swap(cls, anatomy.functions_of(attention), index, half, full)
-        swaps.append((attention.module, swap))
+    rotaries = tuple(_rotary(name, anatomy, site, schedule, scales, settings) for site in anatomy.sites)
+    swaps = tuple(_swap(name, anatomy, attention, rotaries[0], scales, settings) for attention in anatomy.attentions)
     amplitudes = tuple(_amplitudes(name, anatomy, schedule, rotaries[0].rope, scales))
     # In plain transformers the norm after the rotation would cancel the amplitude.
     parameters = None if amplitudes else _parameters(name, anatomy, kinds, schedule, target, scales)
     rotaries[0].softmax_factor = amplitudes[0][1] if amplitudes else 1.0
     rotaries[0].scaling = kinds[0].scaling
     rotaries[0].written = parameters[0] if parameters is not None else None
-    return Plan(
-        anatomy.owner,
-        tuple((site.owner, site.name, site.owner.training) for site in anatomy.sites),
-        tuple(rotaries),
-        tuple(swaps),
-        target,
-        parameters,
-        amplitudes,
-    )
+    places = tuple((site.owner, site.name, site.owner.training) for site in anatomy.sites)
+    return Plan(anatomy.owner, places, rotaries, swaps, target, parameters, amplitudes)
 
 
 def _served(anatomy: Anatomy, kind: Kind) -> list[Attention]:
     """The attentions that get a kind of table: those of its layer type, or all."""
-    served = [a for a in anatomy.attentions if a.layer_type == kind.layer_type]
-    if kind.layer_type is None or not any(a.layer_type == kind.layer_type for a in anatomy.attentions):
-        return list(anatomy.attentions) if kind.layer_type is None else []
-    return served
+    return [attention for attention in anatomy.attentions if kind.layer_type in (None, attention.layer_type)]
+
+
+def _rotary(
+    name: str,
+    anatomy: Anatomy,
+    site: Site,
+    schedule: FrequencySchedule,
+    scales: dict[str, bool],
+    settings: dict[str, Any],
+) -> PatchedRotary:
+    """What takes the place of a rotary module: for each kind of table the scaled one, the model's own, or both."""
+    device = next(buffer.device for name, buffer in site.rotary.named_buffers() if "inv_freq" in name)
+    ropes: dict[str, RotaryEmbedding] = {}
+    tables: dict[str | None, tuple[str, ...]] = {}
+    turning: dict[str, tuple[bool, ...]] = {}
+    for kind in site.kinds:
+        wanted = {scales[attention.path] for attention in _served(anatomy, kind)} or {True}
+        made = []
+        for scaled in sorted(wanted, reverse=True):
+            made.append("_".join(filter(None, (kind.layer_type, None if scaled else "kept"))) or "scaled")
+            follows = schedule if scaled else _own(name, kind)
+            with device:
+                ropes[made[-1]] = RotaryEmbedding(
+                    kind.geometry, follows, seed=settings["seed"], data_rank=settings["data_rank"]
+                )
+            if kind.turning is not None:
+                turning[made[-1]] = kind.turning
+        tables[kind.layer_type] = tuple(made)
+    patched = PatchedRotary(
+        ropes, tables, turning, site.rotary, layout=site.layout, axes=site.axes, angles=settings["angles"]
+    )
+    patched.settings = settings
+    return patched
+
+
+def _swap(
+    name: str,
+    anatomy: Anatomy,
+    attention: Attention,
+    patched: PatchedRotary,
+    scales: dict[str, bool],
+    settings: dict[str, Any],
+) -> tuple[nn.Module, Swap]:
+    """An attention, and what its class is made from."""
+    cls: Any = type(attention.module)
+    float32 = settings["precision"] == "float32"
+    if float32 and not calls_interface(cls):
+        raise UnsupportedModelError(
+            f'precision="float32" with {name}: {cls.__name__} does not attend through '
+            'transformers\' attention interface; pass precision="model"'
+        )
+    kind = anatomy.sites[0].kind_for(attention.layer_type)
+    several = len(patched.tables[kind.layer_type]) > 1
+    table = int(not scales[attention.path]) if several else None
+    return attention.module, Swap(cls, anatomy.functions_of(attention), table, kind.geometry.dim // 2, float32)
 
 
 def _schedule(
@@ -202,6 +212,8 @@ def _kept(
 ) -> tuple[FrequencySchedule, int]:
     """The schedule that the config carries, widened if the user asked for it."""
     own, trained = _own(name, kind), kind.geometry.trained_length
+    if isinstance(method, type(own)) and factor is length is None:  # as a file says it
+        return method, int(config.max_position_embeddings) if method == own else method.target_length(trained)
     named = isinstance(method, str) and schedule_class(method) is type(own)
     if not (method is None or named) or options:
         raise ValueError(
@@ -250,10 +262,6 @@ def _own(name: str, kind: Kind) -> FrequencySchedule:
     if kind.own is None:
         raise UnsupportedModelError(f'{name} carries a scaling of the type "{kind.scaling}", which ropex does not know')
     return kind.own
-
-
-def _config(anatomy: Anatomy) -> Any:
-    return anatomy.sites[0].rotary.config
 
 
 def _amplitudes(
