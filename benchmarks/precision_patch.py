@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -29,6 +30,8 @@ from ropex.evaluation.loading import load_model, load_text
 
 SHIFT = 16
 MEMORY_TOKENS = 8192  # enough for the peak to be activations
+# What is freed goes back at once, so that the peak is what is in use.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 PATCHES: dict[str, dict[str, Any] | None] = {
     "unpatched": None,
     'precision="model"': {"precision": "model"},
@@ -125,7 +128,8 @@ def main() -> None:
             rows[name] = dict(deviations(model, ids))
         model.set_attn_implementation("sdpa")
         own = [sys.executable, "-m", "benchmarks.precision_patch", "--memory", name]
-        rows[name]["memory_mib"] = json.loads(subprocess.run(own, check=True, capture_output=True, text=True).stdout)
+        run = subprocess.run(own, check=True, capture_output=True, text=True, env=os.environ | RETURNED)
+        rows[name]["memory_mib"] = json.loads(run.stdout)
     seconds(model, ids)
     ratios: dict[str, list[float]] = {name: [] for name in PATCHES}
     for _ in range(options.pairs):

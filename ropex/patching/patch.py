@@ -26,7 +26,7 @@ from ropex.patching.generation import (
     require_one_length,
 )
 from ropex.patching.module import PatchedRotary
-from ropex.patching.plan import Plan, plan_for
+from ropex.patching.plan import Plan, Wish, plan_for
 from ropex.patching.swap import Rotating, rotating_class, swap_class
 from ropex.scaling import FrequencySchedule
 
@@ -195,7 +195,8 @@ def patch(
         raise ValueError(f"tokenizer={tokenizer!r}: must have a model_max_length; pass the model's tokenizer")
     settings = {"angles": angles, "precision": precision, "sliding": sliding, "on_scaled": on_scaled, "seed": seed}
     with torch.device("cpu"):  # whatever the default device is
-        plan = plan_for(model, examine(model), method, factor, length, options, settings | {"data_rank": data_rank})
+        wish = Wish(method, factor, length, options, settings | {"data_rank": data_rank})
+        plan = plan_for(model, examine(model), wish)
     return _apply(model, plan, tokenizer)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,9 @@ from ropex.patching.native import written
 from ropex.patching.probe import fresh_rotary, makes_tables_of
 from ropex.patching.swap import Swap
 from ropex.rotary import RotaryEmbedding
-from ropex.scaling import FrequencySchedule, Unscaled, schedule_class, schedule_for
+from ropex.scaling import DynamicNTK, FrequencySchedule, LongRoPE, Unscaled, schedule_class, schedule_for
 
-__all__ = ["Plan", "plan_for"]
+__all__ = ["Plan", "Wish", "plan_for"]
 
 DEFAULT_METHOD = "yarn"
 
@@ -67,22 +67,25 @@ class Plan:
                     yield generation, "max_length", self.target
 
 
-def plan_for(
-    model: nn.Module,
-    anatomy: Anatomy,
-    method: str | FrequencySchedule | None,
-    factor: float | Literal["auto"] | None,
-    length: int | None,
-    options: dict[str, Any],
-    settings: dict[str, Any],
-) -> Plan:
-    """The plan of a patch, from a model's anatomy and what the user asked for.
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked `patch` for: the method with its target and options, and the other arguments."""
+
+    method: str | FrequencySchedule | None
+    factor: float | Literal["auto"] | None
+    length: int | None
+    options: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def plan_for(model: nn.Module, anatomy: Anatomy, wish: Wish) -> Plan:
+    """The plan of a patch.
 
     Raises:
         UnsupportedModelError: the model cannot do what was asked.
         ValueError: a bad option, or a model that is already scaled.
     """
-    name = type(model).__name__
+    name, settings = type(model).__name__, wish.settings
     scales = {a.path: settings["sliding"] == "scale" or not a.slides for a in anatomy.attentions}
     if not any(scales.values()):
         windows = sorted({a.window for a in anatomy.attentions if a.window is not None})
@@ -99,9 +102,7 @@ def plan_for(
         raise UnsupportedModelError(
             f"{name}'s layers were trained at different lengths ({sorted(lengths)}): not supported"
         )
-    schedule, target = _schedule(
-        name, kinds[0], anatomy.sites[0].rotary.config, method, factor, length, options, settings
-    )
+    schedule, target = _schedule(name, kinds[0], anatomy.sites[0].rotary.config, wish)
     if schedule.learned and len(anatomy.sites) > 1:
         raise UnsupportedModelError(
             f"{name} has {len(anatomy.sites)} rotary modules, and {schedule.method!r} learns one net for all"
@@ -178,64 +179,44 @@ def _swap(
     return attention.module, Swap(cls, anatomy.functions_of(attention), table, kind.geometry.dim // 2, float32)
 
 
-def _schedule(
-    name: str,
-    kind: Kind,
-    config: Any,
-    method: str | FrequencySchedule | None,
-    factor: float | Literal["auto"] | None,
-    length: int | None,
-    options: dict[str, Any],
-    settings: dict[str, Any],
-) -> tuple[FrequencySchedule, int]:
+def _schedule(name: str, kind: Kind, config: Any, wish: Wish) -> tuple[FrequencySchedule, int]:
     """The schedule to follow, and the context length in tokens that it reaches."""
     trained = kind.geometry.trained_length
     if kind.scaling is not None:
-        _require_replaceable(name, kind, config, settings["on_scaled"])
-        if settings["on_scaled"] == "keep":
-            return _kept(name, kind, config, method, factor, length, options)
-    method = DEFAULT_METHOD if method is None else method
-    schedule = schedule_for(method, trained, factor=factor, length=length, **options)
+        _require_replaceable(name, kind, config, wish.settings["on_scaled"])
+        if wish.settings["on_scaled"] == "keep":
+            return _kept(name, kind, config, wish)
+    method = DEFAULT_METHOD if wish.method is None else wish.method
+    schedule = schedule_for(method, trained, factor=wish.factor, length=wish.length, **wish.options)
     target = schedule.target_length(trained)
     require_int("target_length", target, minimum=1, remedy=f"mend {type(schedule).__name__}.target_length")
     return schedule, target
 
 
-def _kept(
-    name: str,
-    kind: Kind,
-    config: Any,
-    method: str | FrequencySchedule | None,
-    factor: float | Literal["auto"] | None,
-    length: int | None,
-    options: dict[str, Any],
-) -> tuple[FrequencySchedule, int]:
+def _kept(name: str, kind: Kind, config: Any, wish: Wish) -> tuple[FrequencySchedule, int]:
     """The schedule that the config carries, widened if the user asked for it."""
-    own, trained = _own(name, kind), kind.geometry.trained_length
-    if isinstance(method, type(own)) and factor is length is None:  # as a file says it
+    own, trained, method = _own(name, kind), kind.geometry.trained_length, wish.method
+    reaches = wish.factor is not None or wish.length is not None
+    if isinstance(method, type(own)) and not reaches:  # as a file says it
         return method, int(config.max_position_embeddings) if method == own else method.target_length(trained)
     named = isinstance(method, str) and schedule_class(method) is type(own)
-    if not (method is None or named) or options:
+    if not (method is None or named) or wish.options:
         raise ValueError(
             f'method={method!r} with on_scaled="keep": {name} keeps its own scaling, {own!r}, which factor= or length= '
             'may widen; leave the method and its options out, or pass on_scaled="replace"'
         )
-    if factor is None and length is None:
+    if not reaches:
         return own, int(config.max_position_embeddings)
-    changeable = {field.name for field in fields(own)} - {"short_factors", "long_factors"}  # type: ignore[arg-type]
-    if getattr(own, "long_factors", None) is not None:
+    if isinstance(own, LongRoPE):
         raise ValueError(
             f'on_scaled="keep" with a longer target: the lists of {name}\'s longrope were searched for one length; '
             'leave factor and length out, or pass on_scaled="replace"'
         )
-    wanted = schedule_for(own.method, trained, factor=factor, length=length, **_required(own))
-    widened = replace(own, **{key: getattr(wanted, key) for key in ("factor", "floor") if key in changeable})  # type: ignore[type-var]
+    growth = {"factor": own.factor} if isinstance(own, DynamicNTK) else {}  # which its target does not say
+    wanted = schedule_for(own.method, trained, factor=wish.factor, length=wish.length, **growth)
+    changed = {key: getattr(wanted, key) for key in ("factor", "floor") if hasattr(own, key)}
+    widened: FrequencySchedule = replace(own, **changed)  # type: ignore[type-var]  # a dataclass
     return widened, widened.target_length(trained)
-
-
-def _required(own: FrequencySchedule) -> dict[str, Any]:
-    """What a target alone does not say: the growth of a dynamic schedule."""
-    return {"factor": own.factor} if own.target == "floor" and hasattr(own, "factor") else {}
 
 
 def _require_replaceable(name: str, kind: Kind, config: Any, on_scaled: str) -> None:
