@@ -117,8 +117,10 @@ class RotaryEmbedding(nn.Module):
         self._kept = None
         if rows is None and self.pinned.dim() == 0:
             self.pinned.fill_(length or 0)  # in place, so that a captured graph sees it
-        else:
-            self.pinned = torch.tensor(length or 0, device=self.pinned.device) if rows is None else rows.to(torch.int64)
+            return
+        device = self.pinned.device
+        with torch.inference_mode(False):  # as in `_fill`
+            self.pinned = torch.tensor(length or 0, device=device) if rows is None else rows.to(torch.int64).clone()
 
     def _rows(self, positions: Tensor, pinned: Tensor) -> tuple[Tensor, Tensor]:
         """Positions and pinned lengths of the same rows."""

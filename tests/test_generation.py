@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import ropex
 from tests.oracles import FAMILIES, TRAINED_LENGTH, logits, tiny_model, tiny_tokens
@@ -289,6 +289,94 @@ def test_rows_must_fit_the_batch() -> None:
         rope(torch.arange(9).expand(3, -1))
     rope.pin_length(None)
     assert rope.pinned.dim() == 0
+
+
+def test_padding_without_a_mask_is_seen_as_transformers_sees_it() -> None:
+    model, _ = patched("dynamic_ntk")
+    ids = torch.nn.functional.pad(tiny_tokens(70), (30, 0))
+    with_mask = generate(model, ids, 12, attention_mask=(ids != 0).long(), eos_token_id=2)
+    assert torch.equal(generate(model, ids, 12, attention_mask=None, eos_token_id=2), with_mask)
+
+
+def test_a_static_cache_that_transformers_uses_again() -> None:
+    model, _ = patched("dynamic_ntk")
+    for length, new in ((80, 16), (70, 6), (60, 30)):
+        ids = tiny_tokens(length)
+        got = generate(model, ids, new, cache_implementation="static", disable_compile=True)
+        assert torch.equal(got, generate(model, ids, new))
+
+
+def test_generating_in_inference_mode_leaves_nothing_that_cannot_be_pinned() -> None:
+    model, patch = patched("dynamic_ntk")
+    with torch.inference_mode():
+        want = generate(model, tiny_tokens(80), 5)
+    with patch.pin_length(85):
+        assert torch.equal(generate(model, tiny_tokens(80), 5), want)
+
+
+def test_an_error_in_generate_leaves_no_pin() -> None:
+    model, _ = patched("dynamic_ntk")
+
+    def fails(*args: Any) -> bool:
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        generate(model, tiny_tokens(80), 5, stopping_criteria=[fails])
+    assert ropex.inspect(model).pinned_length is None
+    assert model.model.rotary_emb.generating is None
+
+
+def test_an_inner_model_that_was_unpatched_alone() -> None:
+    model, _ = patched("dynamic_ntk")
+    want = generate(short_model(), tiny_tokens(80), 5)
+    ropex.unpatch(model.model)
+    assert torch.equal(generate(model, tiny_tokens(80), 5), want)
+    ropex.patch(model, "dynamic_ntk", factor=2)
+    same, _ = patched("dynamic_ntk")
+    assert torch.equal(generate(model, tiny_tokens(80), 5), generate(same, tiny_tokens(80), 5))
+
+
+@pytest.mark.parametrize("place", ["call", "object", "model"])
+def test_stretches_follow_a_generation_config_wherever_it_stands(place: str) -> None:
+    model, patch = patched("dynamic_ntk")
+    ids = torch.nn.functional.pad(tiny_tokens(70), (10, 0))
+    with patch.pin_length(90, outgrown="reprefill"):
+        want = generate(model, ids, 40, attention_mask=(ids != 0).long(), eos_token_id=2)
+    asked = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
+    with patch.pin_length(90, outgrown="reprefill"):
+        if place == "call":
+            got = model.generate(ids, **asked)
+        elif place == "object":
+            got = model.generate(ids, generation_config=GenerationConfig(**asked))
+        else:
+            model.generation_config = GenerationConfig(**asked)
+            got = model.generate(ids)
+    assert torch.equal(got, want)
+    with patch.pin_length(90, outgrown="reprefill"), pytest.raises(ValueError, match=r"must be given token ids alone"):
+        model.generate(ids, generation_config=GenerationConfig(**asked, num_beams=2))
+    with patch.pin_length(90, outgrown="reprefill"):
+        several = GenerationConfig(max_new_tokens=40, do_sample=True, num_return_sequences=2, pad_token_id=0)
+        assert model.generate(ids, generation_config=several).shape[0] == 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_generate_of_a_peft_model_pins_too(patch_first: bool) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model, ids = short_model(), tiny_tokens(80)
+    if patch_first:
+        ropex.patch(model, "dynamic_ntk", factor=2)
+        wrapped = peft.get_peft_model(model, config)
+    else:
+        wrapped = peft.get_peft_model(model, config)
+        ropex.patch(wrapped, "dynamic_ntk", factor=2)
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 10}
+    got = wrapped.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    same, _ = patched("dynamic_ntk")
+    assert torch.equal(got, generate(same, ids, 10))
+    ropex.unpatch(wrapped)
+    assert not any(type(module).__name__ == "PatchedRotary" for module in wrapped.modules())
 
 
 def test_a_dynamic_cache_by_hand() -> None:

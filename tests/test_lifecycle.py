@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ropex
+from ropex.patching import files
 from ropex.patching.swap import Rotating
 from tests.oracles import LOGIT_ERROR, TRAINED_LENGTH, logits, tiny_config, tiny_model, tiny_tokens
 
@@ -214,6 +215,11 @@ def test_lora_with_a_learned_schedule(family: str, tmp_path: Path) -> None:
             parameter.add_(0.1)
     model.eval()
     want = logits(model, ids)
+    ropex.RopexCallback().on_train_begin(types.SimpleNamespace(), None, None, model=model)
+    files.save(model, tmp_path / "sidecar")
+    alone = tiny_model(family)
+    ropex.load(alone, tmp_path / "sidecar")
+    assert all(torch.equal(p, q) for p, q in zip(learned_of(alone).values(), trained.values(), strict=True))
     model.save_pretrained(tmp_path)
     base = tiny_model(family)
     ropex.patch(base, "clex", factor=4)

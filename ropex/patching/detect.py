@@ -27,7 +27,7 @@ from ropex.patching.tables import RotaryFunction, TableLayout, laid_out
 from ropex.rotation import Geometry
 from ropex.scaling import FrequencySchedule
 
-__all__ = ["Anatomy", "Kind", "Site", "Spot", "examine", "find_patched", "require_module"]
+__all__ = ["Anatomy", "Kind", "Site", "Spot", "examine", "find_active", "find_patched", "require_module"]
 
 # Modules that make cos and sin of places in an image or a sound.
 _TOWER = re.compile("Vision|Image|Audio|Speech")
@@ -124,6 +124,11 @@ def find_patched(model: nn.Module) -> list[Spot]:
         for path, module in model.named_modules()
         if isinstance(module, PatchedRotary)
     ]
+
+
+def find_active(model: nn.Module) -> list[Spot]:
+    """Those that the model uses: PEFT keeps the module that it trains a copy of, as `original_module`."""
+    return [spot for spot in find_patched(model) if "original_module" not in spot.path.split(".")]
 
 
 def examine(model: nn.Module) -> Anatomy:

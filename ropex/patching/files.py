@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ropex._version import __version__
-from ropex.patching.detect import find_patched
+from ropex.patching.detect import find_active
 from ropex.patching.swap import channels_of
 from ropex.rotary import RotaryEmbedding
 from ropex.rotation import Geometry
@@ -84,7 +84,7 @@ class Saved:
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write the files of a patched model; each is complete or not there."""
-    spots = find_patched(model)
+    spots = find_active(model)
     patched = spots[0].patched
     schedule = patched.rope.schedule
     try:
@@ -178,14 +178,14 @@ def _learned(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of a patch's schedules, by names that do not depend on where the model holds them."""
     return {
         name: parameter
-        for spot in find_patched(model)
+        for spot in find_active(model)
         for rope_name, rope in spot.patched.ropes.items()
         for name, parameter in rope.named_parameters(prefix=rope_name)
     }
 
 
 def _ropes(model: nn.Module) -> dict[str, SavedRope]:
-    spots = find_patched(model)
+    spots = find_active(model)
     ropes = {}
     for spot in spots:
         for layer_type, names in spot.patched.tables.items():

@@ -84,6 +84,14 @@ def mark_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         cache.ropex_pinned_length = patched_in(module)[0].rope.pinned_length
         if not torch.compiler.is_compiling():
             cache.ropex_tokens = getattr(cache, "ropex_tokens", 0) + (_tokens_given(args, kwargs) or 0)
+            if hasattr(type(cache), "reset"):
+                cache.reset = functools.partial(_reset, cache)
+
+
+def _reset(cache: Any) -> None:
+    """Empty a static cache, which transformers uses again, and what is noted on it."""
+    type(cache).reset(cache)
+    cache.ropex_tokens = 0
 
 
 def note_reentrant(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -118,6 +126,10 @@ def _tokens_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     return next((x.shape[1] for x in inputs if isinstance(x, Tensor)), None)
 
 
+# What is not carried from one stretch of a generation to the next.
+_BEYOND = ("streamer", "return_dict_in_generate", "past_key_values", "assistant_model", "inputs_embeds")
+
+
 # --- generate ---------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +147,8 @@ def _new(base: Any) -> Any:
 
 
 def can_pin(module: nn.Module) -> bool:
-    return hasattr(module, "generate") and hasattr(module, "_prepare_generated_length")
+    """Whether it generates itself, and does not pass that on to a model that it wraps."""
+    return hasattr(type(module), "generate") and hasattr(type(module), "_prepare_generated_length")
 
 
 @functools.cache
@@ -145,6 +158,8 @@ def pinning_class(base: Any) -> type[Any]:
     @functools.wraps(base.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched = patched_in(self)
+        if not patched:  # the part that runs the layers was unpatched alone
+            return base.generate(self, *args, **kwargs)
         if patched[0].rope.pinned_length is None:
             with _generating(patched, {"mask": kwargs.get("attention_mask")}):
                 return base.generate(self, *args, **kwargs)
@@ -156,7 +171,7 @@ def pinning_class(base: Any) -> type[Any]:
     def prepare(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         config = base._prepare_generated_length(self, generation_config, *args, **kwargs)
         patched = patched_in(self)
-        if (run := patched[0].generating) is not None:
+        if patched and (run := patched[0].generating) is not None:
             names = ("has_default_max_length", "has_default_min_length", "model_input_name", "input_ids_length")
             given = dict(zip((*names, "inputs_tensor"), args, strict=False)) | kwargs
             _note_length(patched, run, config, given)
@@ -186,8 +201,14 @@ def _note_length(patched: list[PatchedRotary], run: dict[str, Any], config: Any,
     total, rows, mask = config.max_length, None, run.get("mask")
     if given["model_input_name"] == "inputs_embeds":  # the limit counts token ids, and these are none
         total += given["inputs_tensor"].shape[1] - given["input_ids_length"]
+    ends = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
+    padded = given["model_input_name"] == "input_ids" and config.pad_token_id not in (None, *ends)
+    if mask is None and padded:  # as transformers does
+        mask = given["inputs_tensor"] != config.pad_token_id
     if "until" in run:
-        run |= {"wanted": total, "eos": config.eos_token_id, "pad": config.pad_token_id}
+        if config.num_beams > 1:
+            raise ValueError(_no_stretches(run["until"]))
+        run |= {"wanted": total, "ends": ends, "pad": config.pad_token_id or 0, "mask": mask}
         config.max_length -= max(total - run["until"], 0)
         return
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -201,36 +222,41 @@ def _generate_in_stretches(
 ) -> Tensor:
     """Generate up to the pinned length; then pin twice as much and begin anew with all tokens so far as the prompt."""
     inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    beyond = ("streamer", "return_dict_in_generate", "past_key_values", "assistant_model", "inputs_embeds")
-    if (kwargs.get("num_beams") or 1) > 1 or not isinstance(inputs, Tensor) or any(kwargs.get(name) for name in beyond):
-        raise ValueError(
-            f'generate under pin_length({patched[0].rope.pinned_length}, outgrown="reprefill"): must be given token '
-            f"ids alone, without beams, {', '.join(beyond)}; leave them out, or pin a length that suffices"
-        )
+    pin = patched[0].rope.pinned_length
+    if pin is None or not isinstance(inputs, Tensor) or any(kwargs.get(name) for name in _BEYOND):
+        raise ValueError(_no_stretches(pin))
     options = {name: value for name, value in kwargs.items() if name not in ("inputs", "input_ids", "attention_mask")}
-    mask = kwargs.get("attention_mask")
-    mask = torch.ones_like(inputs) if mask is None else mask
-    sequences, active = inputs, torch.arange(inputs.shape[0], device=inputs.device)
+    sequences, given, wanted = inputs, kwargs.get("attention_mask"), 0
+    mask = torch.ones_like(inputs)
+    active = torch.arange(inputs.shape[0], device=inputs.device)
     while True:
-        run: dict[str, Any] = {"until": patched[0].rope.pinned_length}
+        run: dict[str, Any] = {"until": pin, "mask": given}
         with _generating(patched, run):
-            grown = generate(sequences[active], attention_mask=mask[active], **options)
-        repeats = grown.shape[0] // len(active)
-        if repeats > 1:  # num_return_sequences: from here on each is a row of its own
-            sequences, mask = (each.repeat_interleave(repeats, dim=0) for each in (sequences, mask))
-            active = torch.arange(len(sequences), device=inputs.device)
-            options.pop("num_return_sequences")
+            grown = generate(sequences[active], attention_mask=given if given is None else given[active], **options)
+        if wanted == 0:
+            wanted = run["wanted"]
+            mask = mask if run["mask"] is None else run["mask"].to(inputs.dtype)
+            if (repeats := grown.shape[0] // len(active)) > 1:  # from here on each sequence is a row of its own
+                sequences, mask = (each.repeat_interleave(repeats, dim=0) for each in (sequences, mask))
+                active = torch.arange(len(sequences), device=inputs.device)
         new = grown.shape[1] - sequences.shape[1]
-        pad = torch.full((len(sequences), new), run["pad"] or 0, dtype=sequences.dtype, device=sequences.device)
+        pad = torch.full((len(sequences), new), run["pad"], dtype=sequences.dtype, device=sequences.device)
         sequences = torch.cat((sequences, pad), dim=1)
         sequences[active] = grown
-        mask = torch.cat((mask, mask.new_ones(len(mask), new)), dim=1)
-        ends = torch.as_tensor(run["eos"] if run["eos"] is not None else [], device=sequences.device).flatten()
-        ended = torch.isin(sequences[active][:, inputs.shape[1] :], ends).any(dim=1)
-        active = active[~ended]
-        if sequences.shape[1] >= run["wanted"] or len(active) == 0 or sequences.shape[1] < run["until"]:
+        given = mask = torch.cat((mask, mask.new_ones(len(mask), new)), dim=1)
+        ends = torch.tensor(run["ends"], dtype=sequences.dtype, device=sequences.device)
+        active = active[~torch.isin(sequences[active][:, inputs.shape[1] :], ends).any(dim=1)]
+        if sequences.shape[1] >= wanted or len(active) == 0 or sequences.shape[1] < pin:
             return sequences
-        options = {**options, "max_length": run["wanted"]}
-        options.pop("max_new_tokens", None)
+        # What a call says goes before what a config says.
+        options |= {"max_new_tokens": wanted - sequences.shape[1], "max_length": None, "num_return_sequences": 1}
+        pin = min(2 * pin, wanted)
         for each in patched:
-            each.pin_length(min(2 * run["until"], run["wanted"]))
+            each.pin_length(pin)
+
+
+def _no_stretches(pin: int | None) -> str:
+    return (
+        f'generate under pin_length({pin}, outgrown="reprefill"): must be given token ids alone, without beams, '
+        f"{', '.join(_BEYOND)}; leave them out, or pin a length that suffices"
+    )

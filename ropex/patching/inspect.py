@@ -9,7 +9,7 @@ from torch import nn
 
 from ropex.kernels import Angles
 from ropex.patching.attention import window_of
-from ropex.patching.detect import examine, find_patched
+from ropex.patching.detect import examine, find_active
 from ropex.patching.swap import Swap, channels_of
 from ropex.patching.tables import Channels, TableLayout
 from ropex.rotation import Geometry
@@ -107,7 +107,7 @@ def inspect(model: nn.Module) -> Inspection:
     Raises:
         UnsupportedModelError: the model has no rotary embedding, or one that ropex does not know.
     """
-    spots = find_patched(model)
+    spots = find_active(model)
     if not spots:
         return _inspect_plain(model)
     patched = spots[0].patched
@@ -176,7 +176,7 @@ def _layer_kinds(counted: dict[tuple[Any, ...], int]) -> tuple[LayerKind, ...]:
 
 def depends_on_length(model: nn.Module) -> bool:
     """Whether the model's frequencies depend on the length of the pass: by a patch, or by transformers' own scaling."""
-    if spots := find_patched(model):
+    if spots := find_active(model):
         rope = spots[0].patched.rope
         return rope.schedule.length_dependent and rope.pinned_length is None
     for module in model.modules():

@@ -206,7 +206,7 @@ def _apply(model: nn.Module, plan: Plan, tokenizer: Any) -> Patch:
     schedule = first.rope.schedule
     classes = [(module, rotating_class(swap)) for module, swap in plan.swaps]
     if schedule.length_dependent:
-        pinning: list[Any] = [module for module in model.modules() if can_pin(module)]
+        pinning: list[Any] = [each for each in model.modules() if can_pin(each) and not isinstance(each, Pinning)]
         classes += [(module, pinning_class(module.__class__)) for module in pinning]
     for patched in plan.rotaries:
         patched.check()

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ropex.patching import files
-from ropex.patching.detect import Spot, find_patched
+from ropex.patching.detect import Spot, find_active
 
 __all__ = ["RopexCallback"]
 
@@ -76,7 +76,7 @@ class RopexCallback(TrainerCallback):
 
 
 def _require_patched(model: nn.Module) -> list[Spot]:
-    if spots := find_patched(model):
+    if spots := find_active(model):
         return spots
     raise ValueError(
         f"{type(model).__name__} is not patched: the run would train the model as it was; call ropex.patch(model, ...) "
