@@ -118,6 +118,57 @@ def test_what_was_learned_leaves_the_weights(tmp_path: Path) -> None:
     assert not any("rotary_emb" in name for name in names["out"])
 
 
+@pytest.mark.skipif(not FIVE, reason="written in words of transformers 5")
+def test_what_is_not_scaling_stays(tmp_path: Path) -> None:
+    parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    parameters |= {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    model = model_of("qwen3_5_text", rope_parameters=parameters)
+    patch = ropex.patch(model, "yarn", factor=4)
+    model.save_pretrained(tmp_path / "saved")
+    patch.save(tmp_path / "saved")
+    ropex.export(tmp_path / "saved", "vllm", tmp_path / "out")
+    for directory in ("saved", "out"):
+        written = json.loads((tmp_path / directory / "config.json").read_text())["rope_parameters"]
+        assert written["mrope_section"] == [3, 3, 2]
+        assert written["mrope_interleaved"] is True
+    path = tmp_path / "saved" / "config.json"  # as older checkpoints say it
+    config = json.loads(path.read_text())
+    moved = {k: v for k, v in config.pop("rope_parameters").items() if k.startswith("mrope")}
+    path.write_text(json.dumps({**config, "rope_theta": 1e4, "rope_scaling": {**moved, "rope_type": "default"}}))
+    ropex.export(tmp_path / "saved", "vllm", tmp_path / "old")
+    assert json.loads((tmp_path / "old" / "config.json").read_text())["rope_parameters"].items() >= moved.items()
+
+
+def test_lengths_of_tokenizer_and_generation(tmp_path: Path) -> None:
+    saved("llama", "yarn", tmp_path / "saved")
+    files = {"tokenizer_config.json": {"model_max_length": 512}, "generation_config.json": {"max_length": 2048}}
+    for name, content in files.items():
+        (tmp_path / "saved" / name).write_text(json.dumps(content))
+    ropex.export(tmp_path / "saved", "transformers", tmp_path / "out")
+    for name, key in (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length")):
+        assert json.loads((tmp_path / "out" / name).read_text())[key] == 2048
+    (tmp_path / "saved" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": None}))
+    ropex.export(tmp_path / "saved", "transformers", tmp_path / "none")
+    assert json.loads((tmp_path / "none" / "tokenizer_config.json").read_text())["model_max_length"] is None
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    saved("llama", "clex", tmp_path / "saved")
+    (tmp_path / "saved" / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(Exception, match=r"."):
+        ropex.export(tmp_path / "saved", "transformers", tmp_path / "out", length=1024)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+def test_weights_in_the_old_format(tmp_path: Path) -> None:
+    model = saved("llama", "clex", tmp_path / "saved")
+    (tmp_path / "saved" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "saved" / "pytorch_model.bin")
+    ropex.export(tmp_path / "saved", "transformers", tmp_path / "out", length=1024)
+    state = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert set(state) == set(model_of("llama").state_dict())
+
+
 def test_layer_types_are_written_apart(tmp_path: Path) -> None:
     model = saved("gemma3_text", "yarn", tmp_path / "saved")
     if not hasattr(model.config, "rope_parameters"):

@@ -271,6 +271,42 @@ def test_meta_models_can_be_patched_and_materialised() -> None:
         assert torch.equal(logits(model.eval(), ids), logits(weights, ids))
 
 
+def test_two_models_in_one_are_patched_one_by_one() -> None:
+    pair = nn.Module()
+    pair.first, pair.second = tiny_model("llama"), tiny_model("llama")
+    with pytest.raises(ropex.UnsupportedModelError, match=r"patch each of the models in it by itself"):
+        ropex.patch(pair, "yarn", factor=4)
+    want = logits(pair.second, tiny_tokens(50))
+    with ropex.patch(pair.first, "yarn", factor=4):
+        assert torch.equal(logits(pair.second, tiny_tokens(50)), want)
+        assert not torch.equal(logits(pair.first, tiny_tokens(50)), want)
+
+
+def test_an_inner_model_does_not_speak_for_the_outer_config() -> None:
+    model = tiny_model("llama")
+    with ropex.patch(model, "yarn", factor=4):
+        assert ropex.inspect(model).written == "yarn"
+    with ropex.patch(model.model, "yarn", factor=4):
+        assert ropex.inspect(model.model).written == "yarn"
+        assert ropex.inspect(model).written is None
+
+
+def test_what_comes_back_is_in_the_mode_of_the_model() -> None:
+    model = tiny_model("llama").train()
+    patch = ropex.patch(model, "yarn", factor=4)
+    model.eval()
+    patch.remove()
+    assert not any(module.training for module in model.modules())
+
+
+def test_patching_leaves_the_global_random_state_alone() -> None:
+    models = [tiny_model("llama") for _ in range(3)]
+    before = torch.get_rng_state()
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        ropex.patch(model, "clex", factor=4, seed=seed)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_wrapped_model_can_be_patched() -> None:
     model = tiny_model("llama")
     wrapper = nn.Sequential(model)

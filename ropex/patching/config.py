@@ -18,11 +18,22 @@ __all__ = [
     "text_config",
     "unscaled",
     "with_parameters",
+    "without_scaling",
 ]
 
 
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
-_SCALING = {"type", "factor", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"}
+_SCALING = {
+    "type",
+    "rope_type",
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "truncate",
+    "mscale",
+    "mscale_all_dim",
+}
 _SCALING |= {"short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 _PLAIN = ("default", "proportional", "mrope")  # some pairs may stand still or follow another axis; none is scaled
 
@@ -120,8 +131,13 @@ def with_parameters(
         return {"rope_scaling": None if legacy["rope_type"] == "default" else legacy, **outside}
     nested = layer_type is not None and isinstance(before.get(layer_type), dict)
     flat = before[layer_type] if nested else before
-    flat = {**{key: value for key, value in flat.items() if key not in _SCALING}, **parameters}
+    flat = {**without_scaling(flat), **parameters}
     return {"rope_parameters": {**before, layer_type: flat} if nested else flat, **outside}
+
+
+def without_scaling(parameters: dict[str, Any]) -> dict[str, Any]:
+    """What rotary parameters say beside the scaling, such as sections of the axes."""
+    return {key: value for key, value in parameters.items() if key not in _SCALING}
 
 
 def own_configs(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:

@@ -147,8 +147,11 @@ def examine(model: nn.Module) -> Anatomy:
             f"{name} has a rotary embedding module ({', '.join(rotaries)}) but no attention that calls a rotary "
             "function with its cos and sin, so a patch would change nothing"
         )
+    runner = _runner(model, [path for path, *_ in found])
     with torch.device("cpu"):
         sites = tuple(_examine_site(model, name, path, rotaries[path]) for path in used)
+        if len({(site.layout, *(kind.geometry.dim for kind in site.kinds)) for site in sites}) > 1:
+            raise UnsupportedModelError(f"{name}'s rotary modules ({', '.join(used)}) make tables of different kinds")
         functions = {}
         attentions: list[Attention] = []
         verdicts: dict[Any, bool | None] = {}
@@ -173,7 +176,7 @@ def examine(model: nn.Module) -> Anatomy:
             f"{name} has a rotary embedding module ({used[0]}) but none of its attentions was seen to use its cos and "
             "sin, so a patch might change nothing"
         )
-    return Anatomy(sites, tuple(attentions), functions, _runner(model, [attention.path for attention in attentions]))
+    return Anatomy(sites, tuple(attentions), functions, runner)
 
 
 def _text_rotaries(model: nn.Module, model_name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -270,7 +273,10 @@ def _runner(model: nn.Module, paths: list[str]) -> nn.Module:
         fitting: list[nn.Module] = [module for path, module in around if name in takes[path]]
         if fitting:
             return fitting[-1]
-    return model
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: no part of it takes token ids or embeddings and holds all attentions that rotate; "
+        "patch each of the models in it by itself"
+    )
 
 
 def _inside(path: str, owner: str) -> bool:

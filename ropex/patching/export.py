@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 
 from ropex._checks import require_choice
 from ropex.patching import files
+from ropex.patching.config import without_scaling
 from ropex.patching.native import divisors_of, written
 from ropex.rotary import RotaryEmbedding
 from ropex.scaling import FrequencySchedule
@@ -23,7 +26,8 @@ from ropex.scaling import FrequencySchedule
 __all__ = ["Export", "Target", "export"]
 
 Target = Literal["transformers", "vllm", "gguf"]
-_OURS = ".rotary_emb.ropes."  # part of the names under which a checkpoint holds what a method has learned
+# The names under which a checkpoint holds what a method has learned.
+_LEARNED = re.compile(r"\.ropes\.\w+\.(learned\.|step$)")
 # Architectures whose loader in llama.cpp reads the tensor `rope_freqs.weight`.
 _GGUF_READS_FREQUENCIES = ("llama",)
 
@@ -87,6 +91,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={str(out)!r}: must be a new or empty directory; pass another one")
     config = json.loads(config_path.read_text(encoding="utf-8"))
+    before = config.get("text_config", config).get("max_position_embeddings")
     parameters, reach = _write_method(saved, config, length, to)
     lost: list[str] = []
     if to == "vllm":
@@ -100,10 +105,15 @@ def export(
         )
     if saved.settings["precision"] == "float32":
         lost.append('precision="float32": scores are computed in the dtype of the model')
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("ropex.*", "checkpoint-*"), dirs_exist_ok=True)
-    _drop_learned(out)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _update_lengths(out, reach)
+    with tempfile.TemporaryDirectory(dir=_existing_parent(out), prefix=".ropex-") as made:
+        new = Path(made) / "model"  # complete before it gets its name
+        shutil.copytree(source, new, ignore=shutil.ignore_patterns("ropex.*", "checkpoint-*", out.name))
+        _drop_learned(new)
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _update_lengths(new, before, reach)
+        if out.exists():
+            out.rmdir()  # empty, as was checked
+        new.replace(out)
     commands = {
         "transformers": f'AutoModelForCausalLM.from_pretrained("{out}")',
         "vllm": f"vllm serve {out} --max-model-len {reach}",
@@ -180,12 +190,11 @@ def _write_parameters(text: dict[str, Any], layer_type: str | None, parameters: 
     if layer_type is not None:
         text["rope_parameters"] = {**before, layer_type: parameters}
     else:
-        kept = {key: before[key] for key in ("partial_rotary_factor", "mrope_section") if key in before}
-        kept |= {key: value for key, value in before.items() if key.startswith("llama_4_")}
+        kept = without_scaling({**(text.get("rope_scaling") or {}), **before})
         text["rope_parameters"] = {**kept, **parameters}
-        legacy = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        legacy = {key: value for key, value in text["rope_parameters"].items() if key != "rope_theta"}
         text["rope_theta"] = parameters["rope_theta"]
-        text["rope_scaling"] = None if parameters["rope_type"] == "default" else legacy
+        text["rope_scaling"] = None if legacy == {"rope_type": "default"} else legacy
         if "partial_rotary_factor" in kept:
             text["partial_rotary_factor"] = kept["partial_rotary_factor"]
         if "rotary_pct" in text or text.get("model_type") == "gpt_neox":
@@ -215,25 +224,38 @@ def _drop_learned(out: Path) -> None:
     for path in sorted(out.glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
             names = list(weights.keys())
-            if not any(_OURS in f".{name}" for name in names):
+            if not any(map(_LEARNED.search, names)):
                 continue
-            kept = {name: weights.get_tensor(name) for name in names if _OURS not in f".{name}"}
+            kept = {name: weights.get_tensor(name) for name in names if not _LEARNED.search(name)}
             metadata = weights.metadata()
         save_file(kept, path, metadata)
-    index = out / "model.safetensors.index.json"
-    if index.is_file():
+    for path in sorted(out.glob("pytorch_model*.bin")):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if any(map(_LEARNED.search, state)):
+            torch.save({name: value for name, value in state.items() if not _LEARNED.search(name)}, path)
+    for index in (*out.glob("*.safetensors.index.json"), *out.glob("*.bin.index.json")):
         content = json.loads(index.read_text(encoding="utf-8"))
-        content["weight_map"] = {k: v for k, v in content["weight_map"].items() if _OURS not in f".{k}"}
+        content["weight_map"] = {k: v for k, v in content["weight_map"].items() if not _LEARNED.search(k)}
         index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _update_lengths(out: Path, reach: int) -> None:
-    path = out / "tokenizer_config.json"
-    if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("model_max_length", reach) < reach:
-            content["model_max_length"] = reach
+def _update_lengths(out: Path, before: int | None, reach: int) -> None:
+    """Raise the tokenizer's length, and that of generation where it was the model's."""
+    for name, key, old in (
+        ("tokenizer_config.json", "model_max_length", None),
+        ("generation_config.json", "max_length", before),
+    ):
+        path = out / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        stated = content.get(key)
+        if isinstance(stated, int) and stated < reach and old in (None, stated):
+            content[key] = reach
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _existing_parent(out: Path) -> Path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.parent
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def read(directory: str | Path) -> Saved:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: must be JSON, and is not ({error}); save the patch anew") from error
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int) or "ropex" not in content:
+    if not isinstance(content, dict) or "ropex" not in content or not _is_format(content.get("format")):
         raise ValueError(f"{path}: was not written by ropex; pass a directory that Patch.save wrote")
     if content["format"] > _FORMAT:
         raise ValueError(
@@ -208,6 +208,10 @@ def _from_json(described: dict[str, Any]) -> SavedRope:
     return SavedRope(
         geometry, None if turning is None else tuple(turning), described["layer_type"], described["scaled"]
     )
+
+
+def _is_format(number: Any) -> bool:
+    return isinstance(number, int) and number >= 1
 
 
 def _read_weights(path: Path, wanted: str) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if attention_mask is not None and attention_mask.is_floating_point():
+        if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
             # What hides a token is the lowest number of the mask's dtype; float32 has lower ones, so it still hides.
             attention_mask = attention_mask.float()
         with torch.autocast(query.device.type, enabled=False):

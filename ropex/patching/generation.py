@@ -65,7 +65,8 @@ def require_one_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             f"cache with {'its' if seen is None else seen} tokens filled under pin_length({filled}), now "
             f"pin_length({pinned}), with {rope.schedule!r}: its keys were rotated for another context length than this "
             "pass would be; pin one length before the cache is filled and keep it, as in "
-            "`with patch.pin_length(prompt + new tokens):`, or pass use_cache=False"
+            "`with patch.pin_length(prompt + new tokens):` (generate pins its own where none is), or pass "
+            "use_cache=False"
         )
     tokens = _tokens_given(args, kwargs)
     if pinned is not None and seen is not None and tokens is not None and seen + tokens > pinned:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ropex.kernels import Angles
 from ropex.patching.attention import window_of
+from ropex.patching.config import text_config
 from ropex.patching.detect import examine, find_active
 from ropex.patching.swap import Swap, channels_of
 from ropex.patching.tables import Channels, TableLayout
@@ -135,8 +136,14 @@ def inspect(model: nn.Module) -> Inspection:
         angles=patched.angles,
         precision=patched.settings["precision"],
         kinds=_layer_kinds(kinds),
-        written=patched.written,
+        written=patched.written if _tells(model, config) else None,
     )
+
+
+def _tells(model: nn.Module, config: Any) -> bool:
+    """Whether it is this config that the model would save: not where a part of it was patched alone."""
+    own = getattr(model, "config", None)
+    return own is None or text_config(own) is config
 
 
 def _inspect_plain(model: nn.Module) -> Inspection:

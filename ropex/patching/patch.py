@@ -216,7 +216,7 @@ def _apply(model: nn.Module, plan: Plan, tokenizer: Any) -> Patch:
         module.__dict__[name] = config
     for (owner, name, training), patched in zip(plan.places, plan.rotaries, strict=True):
         setattr(owner, name, patched.train(training))
-    for target, name, value in plan.changes(model):
+    for target, name, value in list(plan.changes(model)):
         first.undo.append((target, name, hasattr(target, name), getattr(target, name, None)))
         setattr(target, name, value)
     for module, cls in classes:
@@ -242,7 +242,8 @@ def unpatch(model: nn.Module) -> None:
         ValueError: the model is not patched.
     """
     spots = find_patched(model)
-    if not spots:
+    pinning = [module for module in model.modules() if isinstance(module, Pinning)]
+    if not spots and not pinning:  # whose inner model may have been unpatched alone
         raise ValueError(
             f"{type(model).__name__} is not patched: must carry a ropex patch; call ropex.patch(model) first"
         )
@@ -256,12 +257,12 @@ def unpatch(model: nn.Module) -> None:
                 delattr(target, name)
         if (tokenizer := _TOKENIZERS.pop(spot.patched, None)) is not None:
             tokenizer[0].model_max_length = tokenizer[1]
-        setattr(spot.owner, spot.name, spot.patched.original)
+        setattr(spot.owner, spot.name, spot.patched.original.train(spot.patched.training))
     for module in model.modules():
         if isinstance(module, Rotating):
             swap_class(module, module.ropex_made_from.base)
-        elif isinstance(module, Pinning):
-            swap_class(module, module.ropex_made_from)
+    for each in pinning:
+        swap_class(each, each.ropex_made_from)
 
 
 def load(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> Patch:
@@ -283,7 +284,7 @@ def load(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> P
     made = patch(model, saved.schedule, tokenizer=tokenizer, **plain)
     try:
         files.restore(model, saved)
-    except ValueError:
+    except Exception:
         made.remove()
         raise
     return made

@@ -143,7 +143,8 @@ def _rotary(
         for scaled in sorted(wanted, reverse=True):
             made.append("_".join(filter(None, (kind.layer_type, None if scaled else "kept"))) or "scaled")
             follows = schedule if scaled else _own(name, kind)
-            with device:
+            with device, torch.random.fork_rng(devices=[]):  # a net that is learned begins the same for each seed
+                torch.manual_seed(settings["seed"])
                 ropes[made[-1]] = RotaryEmbedding(
                     kind.geometry, follows, seed=settings["seed"], data_rank=settings["data_rank"]
                 )
