@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dynamic_yarn": {},
     "clex": {},
 }
+FOUR = ["llama", "mistral", "qwen3", "gpt_neox"]
 DEPENDENT = ("dynamic_ntk", "dynamic_yarn", "longrope", "clex", "e2llm")
 
 
@@ -93,9 +94,10 @@ def test_a_pin_matters(method: str) -> None:
     assert changes or not patch.schedule.length_dependent
 
 
+@pytest.mark.parametrize("family", FOUR)
 @pytest.mark.parametrize("method", ["dynamic_ntk", "dynamic_yarn", "longrope"])
-def test_rows_of_a_padded_batch_have_lengths_of_their_own(method: str) -> None:
-    model, _ = patched(method)
+def test_rows_of_a_padded_batch_have_lengths_of_their_own(method: str, family: str) -> None:
+    model, _ = patched(method, family)
     prompts = [tiny_tokens(length) for length in (70, 100, 30)]
     batch = torch.cat([torch.nn.functional.pad(ids, (100 - ids.shape[1], 0)) for ids in prompts])
     mask = torch.cat([torch.nn.functional.pad(torch.ones_like(ids), (100 - ids.shape[1], 0)) for ids in prompts])
@@ -105,8 +107,9 @@ def test_rows_of_a_padded_batch_have_lengths_of_their_own(method: str) -> None:
         assert torch.equal(together[row, 100:], alone[0, ids.shape[1] :])
 
 
-def test_beams_and_several_sequences_keep_the_length_of_their_row() -> None:
-    model, patch = patched("dynamic_ntk")
+@pytest.mark.parametrize("family", FOUR)
+def test_beams_and_several_sequences_keep_the_length_of_their_row(family: str) -> None:
+    model, patch = patched("dynamic_ntk", family)
     ids = torch.cat((torch.nn.functional.pad(tiny_tokens(60), (20, 0)), tiny_tokens(80)))
     mask = (ids != 0).long()
     beams = generate(model, ids, 12, attention_mask=mask, num_beams=3, num_return_sequences=2)
@@ -116,8 +119,9 @@ def test_beams_and_several_sequences_keep_the_length_of_their_row() -> None:
         assert torch.equal(generate(model, ids[1:], 12, num_beams=3, use_cache=False), beams[2:3])
 
 
-def test_inputs_embeds_count_as_context() -> None:
-    model, _ = patched("dynamic_ntk")
+@pytest.mark.parametrize("family", FOUR)
+def test_inputs_embeds_count_as_context(family: str) -> None:
+    model, _ = patched("dynamic_ntk", family)
     ids = tiny_tokens(90)
     embeds = model.get_input_embeddings()(ids).detach()
     settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 10}
@@ -125,11 +129,12 @@ def test_inputs_embeds_count_as_context() -> None:
     assert torch.equal(got, generate(model, ids, 10)[:, 90:])
 
 
+@pytest.mark.parametrize("family", FOUR)
 @pytest.mark.parametrize("cache", ["static", "offloaded", "dynamic"])
-def test_every_cache_gives_the_same(cache: str) -> None:
+def test_every_cache_gives_the_same(cache: str, family: str) -> None:
     if cache == "offloaded" and not torch.cuda.is_available():
         pytest.skip("transformers offloads caches from a GPU only")
-    model, _ = patched("dynamic_ntk")
+    model, _ = patched("dynamic_ntk", family)
     ids = tiny_tokens(80)
     want = generate(model, ids, 16)
     assert torch.equal(generate(model, ids, 16, cache_implementation=cache, disable_compile=True), want)
@@ -145,17 +150,19 @@ def test_sliding_caches() -> None:
     assert torch.equal(generate(model, ids, 30), want)
 
 
-def test_assisted_decoding() -> None:
-    model, _ = patched("dynamic_ntk")
-    assistant, ids = short_model(), tiny_tokens(80)
+@pytest.mark.parametrize("family", FOUR)
+def test_assisted_decoding(family: str) -> None:
+    model, _ = patched("dynamic_ntk", family)
+    assistant, ids = short_model(family), tiny_tokens(80)
     want = generate(model, ids, 16)
     assert torch.equal(generate(model, ids, 16, assistant_model=assistant), want)
     ropex.patch(assistant, "yarn", factor=4)
     assert torch.equal(generate(model, ids, 16, assistant_model=assistant), want)
 
 
-def test_packed_rows_take_their_longest_document() -> None:
-    model, patch = patched("dynamic_ntk")
+@pytest.mark.parametrize("family", FOUR)
+def test_packed_rows_take_their_longest_document(family: str) -> None:
+    model, patch = patched("dynamic_ntk", family)
     documents = [tiny_tokens(100), tiny_tokens(40)]
     positions = torch.cat([torch.arange(100), torch.arange(40)])[None]
     with torch.no_grad():

@@ -406,8 +406,10 @@ def test_static_methods_need_no_pin() -> None:
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [*((family, "aot_eager") for family in FAMILIES), pytest.param("llama", "inductor", marks=pytest.mark.slow)],
+)
 def test_two_differently_patched_models_compiled_in_one_process(family: str, backend: str) -> None:
     torch.compiler.reset()
     ids = tiny_tokens(TRAINED_LENGTH + 64)
