@@ -93,6 +93,10 @@ def test_padding_stays_hidden() -> None:
 
 
 def test_what_cannot_attend_in_float32() -> None:
+    static = tiny_model("llama")
+    ropex.patch(static, "yarn", factor=2, precision="float32")
+    with pytest.raises(ValueError, match=r'static cache with precision="float32": it is allocated in one dtype'):
+        static.generate(tiny_tokens(9), max_new_tokens=4, cache_implementation="static", disable_compile=True)
     falcon = model_of("falcon")
     with pytest.raises(ropex.UnsupportedModelError, match=r"FalconAttention does not attend through transformers' att"):
         ropex.patch(falcon, "yarn", factor=2, precision="float32")

@@ -20,6 +20,7 @@ __all__ = [
     "note_reentrant",
     "pinning_class",
     "require_evaluation",
+    "require_growing_cache",
     "require_one_length",
 ]
 
@@ -75,6 +76,20 @@ def require_one_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             "the tokens of the prompt plus those to be generated and start from an empty cache, or let generate do "
             'that: without a pin it pins by itself, and under pin_length(n, outgrown="reprefill") it begins anew with '
             "a longer one"
+        )
+
+
+def require_growing_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: refuse a static cache beside float32 keys, since it holds keys and values of one dtype.
+
+    Raises:
+        ValueError: the cache is static.
+    """
+    cache = _find_cache((kwargs.get("past_key_values"), *args))
+    if any("Static" in type(layer).__name__ for layer in getattr(cache, "layers", ())):
+        raise ValueError(
+            'static cache with precision="float32": it is allocated in one dtype, and keys are float32 where values '
+            'are not; use the default cache, or patch with precision="model"'
         )
 
 

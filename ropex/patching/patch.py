@@ -23,6 +23,7 @@ from ropex.patching.generation import (
     note_reentrant,
     pinning_class,
     require_evaluation,
+    require_growing_cache,
     require_one_length,
 )
 from ropex.patching.module import PatchedRotary
@@ -227,6 +228,8 @@ def _apply(model: nn.Module, plan: Plan, tokenizer: Any) -> Patch:
     owner, hooks = plan.owner, first.hooks
     if schedule.augments:
         hooks.append(owner.register_forward_pre_hook(require_evaluation, with_kwargs=True))
+    if first.settings["precision"] == "float32":
+        hooks.append(owner.register_forward_pre_hook(require_growing_cache, with_kwargs=True))
     if schedule.learned:
         hooks.append(owner.register_forward_pre_hook(note_reentrant))
     if schedule.length_dependent:
