@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -32,6 +33,13 @@ class Texts(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate, and transformers 4 by the environment, keep the precision of one run for the next in the process."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def learned_of(model: nn.Module) -> dict[str, nn.Parameter]:
