@@ -189,8 +189,8 @@ def families_page() -> str:
 Made from the JSON in `benchmarks/results` by `python -m benchmarks.report`.
 
 Tiny random models of every family that transformers {result["environment"]["transformers"]} has a causal language
-model for, and of encoders that rotate; `tests/families.py` builds them and `tests/test_families.py` holds them to this grid. Every type
-is a `config.model_type`.
+model for, and of encoders that rotate; `tests/families.py` builds them and `tests/test_families.py` holds them to this
+grid. Every type is a `config.model_type`.
 
 **{len(works)} work.** With `none` the largest change of any logit is {none:.0e}, and
 {float32:.0e} with `angles="float32"` (0 but for complex tables, whose product rounds in another order). `yarn`
