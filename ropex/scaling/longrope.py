@@ -25,7 +25,7 @@ class LongRoPE(FrequencySchedule):
 
     Use it with the lists of a published checkpoint or of a search, or to write any other static schedule down. Without
     lists it is the seed of the published search: short factors of 1, and as long ones YaRN's scales,
-    `ramp_i s + 1 - ramp_i`. Generation needs a pinned length (`Patch.pin_length`).
+    `ramp_i s + 1 - ramp_i`. A generation keeps one length (`Patch.pin_length`).
 
     Args:
         factor: target length / trained length, >= 1.

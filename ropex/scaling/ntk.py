@@ -51,7 +51,7 @@ class DynamicNTK(FrequencySchedule):
     """NTK-aware scaling by the length at hand: `alpha = factor * n / L - (factor - 1)` for n > L, else 1.
 
     n is the context length of the pass and L the trained length: up to L nothing changes. Use it without training when
-    lengths vary. Cached keys carry the frequencies of the length at which they were made, so generation needs a pinned
+    lengths vary. Cached keys carry the frequencies of the length at which they were made, so a generation keeps one
     length (`Patch.pin_length`).
 
     Args:

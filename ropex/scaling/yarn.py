@@ -160,7 +160,7 @@ class DynamicYaRN(ByParts):
     """YaRN by the length at hand: `s = max(1, n / L)`, in the frequencies and in the amplitude `0.1 ln s + 1`.
 
     n is the context length of the pass and L the trained length: up to L nothing changes, so that short texts keep
-    their quality, which a static YaRN costs them. Generation needs a pinned length (`Patch.pin_length`).
+    their quality, which a static YaRN costs them. A generation keeps one length (`Patch.pin_length`).
 
     Args:
         floor: tokens; shorter contexts are served as if they had this length, so that inside it the schedule is a
