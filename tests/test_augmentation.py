@@ -415,7 +415,7 @@ def test_clex_trains_inside_a_model_and_is_saved_with_it() -> None:
     keys = list(model.state_dict())
     patch = ropex.patch(model, "clex", max_factor=4)
     added = set(model.state_dict()) - set(keys)
-    assert added == {f"model.rotary_emb.rope.{name}" for name in ("learned.up_proj", "learned.down_proj", "step")}
+    assert added == {f"model.rotary_emb.ropes.scaled.{name}" for name in ("learned.up_proj", "learned.down_proj", "step")}
     weight = model.get_parameter("model.rotary_emb.rope.learned.down_proj")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     model.train()
@@ -444,7 +444,7 @@ def test_training_compiles_and_checkpoints(method: str) -> None:
         model, ids = tiny_model("llama").train(), tiny_tokens(40, batch=2)
         ropex.patch(model, method, **options)
         if method == "clex":
-            net = model.get_submodule("model.rotary_emb.rope.learned")
+            net = model.get_submodule("model.rotary_emb.ropes.scaled.learned")
             with torch.no_grad():
                 for parameter in net.parameters():
                     parameter.fill_(0.01)
