@@ -415,8 +415,10 @@ def test_clex_trains_inside_a_model_and_is_saved_with_it() -> None:
     keys = list(model.state_dict())
     patch = ropex.patch(model, "clex", max_factor=4)
     added = set(model.state_dict()) - set(keys)
-    assert added == {f"model.rotary_emb.ropes.scaled.{name}" for name in ("learned.up_proj", "learned.down_proj", "step")}
-    weight = model.get_parameter("model.rotary_emb.rope.learned.down_proj")
+    assert added == {
+        f"model.rotary_emb.ropes.scaled.{name}" for name in ("learned.up_proj", "learned.down_proj", "step")
+    }
+    weight = model.get_parameter("model.rotary_emb.ropes.scaled.learned.down_proj")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     model.train()
     for _ in range(4):
