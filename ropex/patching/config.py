@@ -22,7 +22,6 @@ __all__ = [
 ]
 
 
-_NOT_SCALING = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _SCALING = {
     "type",
     "rope_type",
@@ -43,9 +42,13 @@ class UnsupportedModelError(ValueError):
 
 
 @functools.cache
-def _has_rope_parameters() -> bool:
-    """Whether configs say it as transformers 5 does; those of 4 may carry its words too, and do not read them."""
+def _transformers_is_5() -> bool:
     return int(version("transformers").partition(".")[0]) >= 5
+
+
+def _words_of_5(config: Any) -> Any:
+    """A config's `rope_parameters`; None in transformers 4, whose configs may carry them, too, and do not read them."""
+    return getattr(config, "rope_parameters", None) if _transformers_is_5() else None
 
 
 def text_config(config: Any) -> Any:
@@ -61,7 +64,7 @@ def rope_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any
     the optional `rope_scaling`.
     """
     name = type(config).__name__
-    parameters = getattr(config, "rope_parameters", None) if _has_rope_parameters() else None
+    parameters = _words_of_5(config)
     if parameters is None:
         parameters = dict(getattr(config, "rope_scaling", None) or {})
         parameters.setdefault("rope_theta", getattr(config, "rope_theta", None))
@@ -105,12 +108,11 @@ def pretraining_length(config: Any, layer_type: str | None = None) -> int | None
 def unscaled(config: Any, layer_type: str | None = None) -> Any:
     """A copy of the config without its scaling."""
     config = copy.deepcopy(config)
-    parameters = getattr(config, "rope_parameters", None) if _has_rope_parameters() else None
+    parameters = _words_of_5(config)
     if parameters is None:
         config.rope_scaling = None
         return config
-    flat = rope_parameters(config, layer_type)
-    plain = {**{name: value for name, value in flat.items() if name in _NOT_SCALING}, "rope_type": "default"}
+    plain = {**without_scaling(rope_parameters(config, layer_type)), "rope_type": "default"}
     nested = layer_type is not None and isinstance(parameters.get(layer_type), dict)
     config.rope_parameters = {**parameters, layer_type: plain} if nested else plain
     return config
@@ -125,7 +127,7 @@ def with_parameters(
     """
     stated = {"original_max_position_embeddings": trained_length}
     outside = stated if hasattr(config, "original_max_position_embeddings") else {}
-    before = getattr(config, "rope_parameters", None) if _has_rope_parameters() else None
+    before = _words_of_5(config)
     if before is None:
         legacy = {key: value for key, value in parameters.items() if key != "rope_theta"}
         return {"rope_scaling": None if legacy["rope_type"] == "default" else legacy, **outside}

@@ -105,7 +105,8 @@ def export(
         )
     if saved.settings["precision"] == "float32":
         lost.append('precision="float32": scores are computed in the dtype of the model')
-    with tempfile.TemporaryDirectory(dir=_existing_parent(out), prefix=".ropex-") as made:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".ropex-") as made:
         new = Path(made) / "model"  # complete before it gets its name
         shutil.copytree(source, new, ignore=shutil.ignore_patterns("ropex.*", "checkpoint-*", out.name))
         _drop_learned(new)
@@ -251,11 +252,6 @@ def _update_lengths(out: Path, before: int | None, reach: int) -> None:
         if isinstance(stated, int) and stated < reach and old in (None, stated):
             content[key] = reach
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _existing_parent(out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.parent
 
 
 # --- llama.cpp --------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def note_reentrant(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def patched_in(module: nn.Module) -> list[PatchedRotary]:
-    """The patch's modules in a model; those that hold the schedule first."""
+    """The patch's modules in a model; all hold the same schedule, or copies, under the same pin."""
     return [child for child in module.modules() if isinstance(child, PatchedRotary)]
 
 

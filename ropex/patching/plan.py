@@ -17,7 +17,7 @@ from ropex.patching.config import UnsupportedModelError, rope_parameters, with_p
 from ropex.patching.detect import Anatomy, Kind, Site
 from ropex.patching.module import PatchedRotary
 from ropex.patching.native import written
-from ropex.patching.probe import fresh_rotary, makes_tables_of
+from ropex.patching.probe import fresh_rotary, live_frequencies, makes_tables_of
 from ropex.patching.swap import Swap
 from ropex.rotary import RotaryEmbedding
 from ropex.scaling import DynamicNTK, FrequencySchedule, LongRoPE, Unscaled, schedule_class, schedule_for
@@ -133,7 +133,7 @@ def _rotary(
     settings: dict[str, Any],
 ) -> PatchedRotary:
     """What takes the place of a rotary module: for each kind of table the scaled one, the model's own, or both."""
-    device = next(buffer.device for name, buffer in site.rotary.named_buffers() if "inv_freq" in name)
+    device = live_frequencies(site.rotary).device
     ropes: dict[str, RotaryEmbedding] = {}
     tables: dict[str | None, tuple[str, ...]] = {}
     turning: dict[str, tuple[bool, ...]] = {}

@@ -19,6 +19,7 @@ from ropex.scaling import FrequencySchedule, Unscaled
 __all__ = [
     "axes_of_pairs",
     "fresh_rotary",
+    "live_frequencies",
     "makes_tables_of",
     "probe_function",
     "probe_positions",
@@ -84,15 +85,14 @@ def probe_table(
     layout = next((each for each in get_args(TableLayout) if _tables_close(got, want, error, each)), None)
     if layout is None:
         raise UnsupportedModelError(f"{model_name}'s cos and sin are not those of {geometry} in a known layout")
-    device = next(buffer.device for name, buffer in rotary.named_buffers() if "inv_freq" in name)
+    device = live_frequencies(rotary).device
     if device.type != "meta":
         # transformers' dynamic modules change in a call: they keep a long one's frequencies until a short one comes.
         live = copy.deepcopy(rotary)
         _forget_length(live)
-        dtype = next(buffer.dtype for name, buffer in rotary.named_buffers() if "inv_freq" in name)
         live(hidden_states_like(device), torch.zeros_like(asked, device=device), *kinds)
         got = live(hidden_states_like(device), asked.to(device), *kinds)
-        error = 1e-6 + _angle_error(geometry, positions, dtype)
+        error = 1e-6 + _angle_error(geometry, positions, live_frequencies(rotary).dtype)
         tolerance = laid_out(error, error, layout)[0].abs()
         if not _match(got, _as_tuple(fresh(hidden_states_like(), asked, *kinds)), tolerance):
             raise UnsupportedModelError(
@@ -100,6 +100,11 @@ def probe_table(
                 "made; load the model anew, or remove what changed them"
             )
     return cast(TableLayout, layout)
+
+
+def live_frequencies(rotary: nn.Module) -> Tensor:
+    """The first frequencies that a rotary module of transformers holds, wherever and in whatever dtype they now are."""
+    return next(buffer for name, buffer in rotary.named_buffers() if "inv_freq" in name)
 
 
 def _forget_length(rotary: nn.Module) -> None:

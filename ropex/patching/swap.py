@@ -75,11 +75,10 @@ def channels_of(model: nn.Module) -> Channels:
     return next(swaps).functions[0].channels
 
 
-def generated_class(base: type[Any], mixin: type[Any], namespace: dict[str, Any], *, first: bool = False) -> type[Any]:
+def generated_class(base: type[Any], mixin: type[Any], namespace: dict[str, Any]) -> type[Any]:
     """A class that passes for its base, name and all, with a marker among its bases."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    bases = (mixin, base) if first else (base, mixin)
-    return types.new_class(base.__name__, bases, {}, lambda body: body.update({**names, **namespace}))
+    return types.new_class(base.__name__, (base, mixin), {}, lambda body: body.update({**names, **namespace}))
 
 
 def rotating_function(original: Callable[..., Any], how: RotaryFunction, swap: Swap) -> Callable[..., Any]:
