@@ -23,8 +23,8 @@ from torchdiffeq import odeint
 
 import ropex
 from benchmarks import RESULTS, summary
-from ropex.evaluation.compare import environment, write_json
 from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.results import environment, write_json
 from ropex.scaling import CLEX, clex
 
 Activation = Callable[[Tensor], Tensor]

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from benchmarks import RESULTS
-from ropex.evaluation.compare import environment, write_json
+from ropex.evaluation.results import environment, write_json
 from tests.families import families, results_of
 
 

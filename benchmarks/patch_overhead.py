@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import ropex
 from benchmarks import RESULTS, summary
-from ropex.evaluation.compare import environment, write_json
 from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.results import environment, write_json
 
 METHOD = "yarn"
 

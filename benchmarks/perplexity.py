@@ -1,100 +1,94 @@
-"""Perplexity against position: ropex beside transformers' own implementation of each method, same model, same tokens.
+"""Perplexity against context length of the training-free methods, on the default model and text.
 
-    python -m benchmarks.perplexity [--length 12288] [--factor 2] [--bins 6]
+    python -m benchmarks.perplexity [--factor 2] [--documents 1]
 
-writes perplexity.json and perplexity.png to benchmarks/results, prints how far the two are apart in each bin, and fails
-if that is more than the documented 0.5 % (0.1 % for `none` against the unpatched model).
+writes perplexity.json and perplexity.png to benchmarks/results (perplexity_1.5.json and so on for other factors). A run
+that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
 
 import ropex
 from benchmarks import RESULTS
-from ropex.evaluation.compare import compare_methods, plot_perplexity, write_json
-from ropex.evaluation.loading import LoadedModel, load_model, load_text
+from ropex.evaluation import compare_methods, documents
+from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.plots import plot_perplexity
+from ropex.evaluation.results import write_json
+from ropex.scaling import FrequencySchedule
 
-LIMITS = {"none": 0.001, "linear": 0.005, "ntk": 0.005, "yarn": 0.005}
+PARTS = RESULTS / "parts"
 
 
-def rope_parameters(method: str, geometry: ropex.Geometry, factor: float) -> dict[str, Any]:
-    """What transformers must be told to use the method; it has no static NTK, which is a changed theta."""
-    base = geometry.base
+def training_free(factor: float) -> dict[str, FrequencySchedule]:
+    """The methods that need no training, for a target of `factor` times the trained length."""
     return {
-        "none": {"rope_type": "default", "rope_theta": base},
-        "linear": {"rope_type": "linear", "rope_theta": base, "factor": factor},
-        "ntk": {"rope_type": "default", "rope_theta": base * factor ** (geometry.dim / (geometry.dim - 2))},
-        "yarn": {
-            "rope_type": "yarn",
-            "rope_theta": base,
-            "factor": factor,
-            "original_max_position_embeddings": geometry.trained_length,
+        "none": ropex.schedule("none"),
+        "linear": ropex.schedule("linear", factor=factor),
+        **{
+            f"ntk, alpha {times * factor:g}": ropex.schedule("ntk", factor=factor, alpha=times * factor)
+            for times in (1, 2, 4)
         },
-    }[method]
-
-
-def measure(loaded: LoadedModel, tokens: torch.Tensor, bins: int, factor: float, text_name: str) -> dict[str, Any]:
-    """The methods by ropex, then the same by transformers, in one result."""
-
-    model = loaded.model
-    geometry = ropex.inspect(model).geometry
-    options = {method: {} if method == "none" else {"factor": factor} for method in LIMITS}
-    schedules = {method: ropex.schedule(method, **options[method]) for method in LIMITS}
-    result = compare_methods(model, tokens, schedules, bins=bins, model_name=loaded.name, text_name=text_name)
-    for method in LIMITS:
-        config = type(model.config).from_dict(model.config.to_dict())
-        config.rope_parameters = rope_parameters(method, geometry, factor)
-        stock = type(model)(config).to(model.dtype).eval()
-        stock.load_state_dict(model.state_dict())
-        measured = ropex.evaluation.perplexity_by_length(stock, tokens, bins=bins)
-        result["results"][f"transformers {method}"] = {
-            "rope_parameters": config.rope_parameters,
-            "nll": measured.nll,
-            "perplexity": measured.perplexity,
-            "seconds": measured.seconds,
-        }
-    return result
-
-
-def differences(result: dict[str, Any]) -> dict[str, float]:
-    """The largest relative difference in perplexity over the bins, ropex against transformers, by method."""
-
-    def largest(ours: list[float], theirs: list[float]) -> float:
-        return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
-
-    rows = result["results"]
-    return {m: largest(rows[m]["perplexity"], rows[f"transformers {m}"]["perplexity"]) for m in LIMITS}
+        "dynamic_ntk": ropex.schedule("dynamic_ntk", factor=factor),
+        "dynamic_yarn": ropex.schedule("dynamic_yarn"),
+        "yarn": ropex.schedule("yarn", factor=factor),
+        "resonance(yarn)": ropex.schedule("resonance", factor=factor),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=12288)
     parser.add_argument("--factor", type=float, default=2.0)
-    parser.add_argument("--bins", type=int, default=6)
+    parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     logging.disable_progress_bar()
     loaded = load_model()
+    trained = ropex.inspect(loaded.model).geometry.trained_length
+    length = round(options.factor * trained)
     body, text_name = load_text()
-    tokens = loaded.tokenizer(body, return_tensors="pt")["input_ids"][0, : arguments.length]
-    result = measure(loaded, tokens, arguments.bins, arguments.factor, text_name)
-    result["differences"] = differences(result)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out / "perplexity.json", result)
-    ours = {**result, "results": {method: result["results"][method] for method in LIMITS}}
-    trained_length = ropex.inspect(loaded.model).geometry.trained_length
-    plot_perplexity(arguments.out / "perplexity.png", ours, trained_length=trained_length)
-    for method, difference in result["differences"].items():
-        print(f"{method:<8} largest difference in perplexity {difference:.2e}, allowed {LIMITS[method]:g}")
-    if any(result["differences"][method] > limit for method, limit in LIMITS.items()):
-        raise SystemExit("perplexities differ from transformers' by more than documented")
+    found = documents(body, loaded.tokenizer, length=length, limit=options.documents, names=[text_name])
+    edges = [0, trained // 4, *range(trained // 2, length + 1, trained // 4 if length < 2 * trained else trained // 2)]
+    name = "perplexity" if options.factor == 2 else f"perplexity_{options.factor:g}"
+    with progress_bar() as report:
+        result = compare_methods(
+            loaded.model,
+            training_free(options.factor),
+            documents=found,
+            bins=edges,
+            cells=PARTS / f"{name}.json",
+            model_name=loaded.name,
+            text_name=text_name,
+            progress=report,
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / f"{name}.json", {"factor": options.factor, **result})
+    plot_perplexity(options.out / f"{name}.png", result)
+
+
+class progress_bar:
+    """One bar over all parts, with the time left."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns)
+
+    def __enter__(self) -> Callable[[str, float], None]:
+        self._progress.start()
+        bar = self._progress.add_task("", total=1.0)
+        return lambda title, done: self._progress.update(bar, description=title, completed=done)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
 
 
 if __name__ == "__main__":
+    torch.set_grad_enabled(False)
     main()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import ropex
 from benchmarks import RESULTS
-from ropex.evaluation.compare import environment, write_json
 from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.results import environment, write_json
 from ropex.precision import Rung, angle_error, probe_precision
 
 LENGTHS = (4096, 32_768, 131_072, 1_000_000, 10_000_000)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 import ropex
 from benchmarks import RESULTS, summary
 from benchmarks.patch_overhead import seconds
-from ropex.evaluation.compare import environment, write_json
 from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.results import environment, write_json
 
 SHIFT = 16
 MEMORY_TOKENS = 8192  # enough for the peak to be activations

@@ -32,7 +32,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as tra
 
 import ropex
 from benchmarks import RESULTS, summary
-from ropex.evaluation.compare import environment, write_json
+from ropex.evaluation.results import environment, write_json
 from ropex.kernels import Layout, rotate_with_table, table
 from ropex.kernels.reference import full_table
 

@@ -1,151 +1,246 @@
-"""Several methods on one model and one text."""
+"""Several methods on one model: perplexity against length, and retrieval."""
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import itertools
-import json
-import platform
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ropex._version import __version__
-from ropex.evaluation.perplexity import perplexity_by_length
-from ropex.patching import patch
+from ropex.evaluation.documents import Document, as_documents
+from ropex.evaluation.losses import Progress, vocabulary_size
+from ropex.evaluation.perplexity import PerplexityByLength, Protocol, bin_edges, perplexity_by_length
+from ropex.evaluation.results import Cells, environment, fingerprint
+from ropex.evaluation.retrieval import Record, RetrievalResult, Scoring, ask, find_task
+from ropex.patching import inspect, patch
 from ropex.scaling import FrequencySchedule
 
-__all__ = ["compare_methods", "environment", "plot_perplexity", "write_json"]
+__all__ = ["compare_methods"]
+
+TRUNCATED = "truncated"
+
+
+class _Method(NamedTuple):
+    """A row of the comparison: a schedule, or the unpatched model that sees `window` tokens."""
+
+    name: str
+    schedule: FrequencySchedule | None
+    window: int | None
+
+    @property
+    def key(self) -> str:
+        return f"{TRUNCATED} to {self.window}" if self.schedule is None else repr(self.schedule)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        if self.schedule is None:
+            yield
+        else:
+            with patch(model, self.schedule):
+                yield
+
+
+class _Cell(NamedTuple):
+    """A part that is measured and kept by itself."""
+
+    key: str
+    title: str
+    cost: float
+    measure: Callable[[Progress | None], Any]
 
 
 def compare_methods(
     model: nn.Module,
-    tokens: Tensor | Sequence[int],
     schedules: Mapping[str, FrequencySchedule],
     *,
+    documents: Any = (),
+    protocol: Protocol = "binned",
     bins: int | Sequence[int] = 6,
+    stride: int = 256,
+    tokenizer: Any = None,
+    tasks: Sequence[str] = (),
+    lengths: Sequence[int] = (),
+    depths: Sequence[float] = (0.1, 0.5, 0.9),
+    samples: int = 1,
+    seed: int = 0,
+    scoring: Scoring = "likelihood",
+    cells: str | Path | None = None,
     model_name: str = "",
     text_name: str = "",
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Perplexity by position for each schedule, as a result that can be written as JSON.
+    """Perplexity and retrieval of several methods on one model, as a result that can be written as JSON.
+
+    One more row, `truncated`, is always there: the unpatched model that sees its trained length of the last tokens
+    only. What a method gains over it is what the added context is worth.
 
     Args:
         model: not patched; it is patched with one schedule after the other, and left as it was.
-        tokens, bins: as in `perplexity_by_length`.
         schedules: by the names that the result shall show.
+        documents: what the perplexity is measured on, as `perplexity_by_length` takes it; none: it is not.
+        protocol, bins, stride: as in `perplexity_by_length`.
+        tokenizer: the model's, for the tasks.
+        tasks: what retrieval is measured on; none: it is not.
+        lengths, depths, samples, seed, scoring: as in `retrieval`.
+        cells: a file that keeps what is finished, so that a run that was killed goes on from there: one document or
+            one sample of one method at a time.
         model_name, text_name: what the result says of them.
-        progress: called with the schedule's name and the fraction of it that is done.
+        progress: called with what is being measured and the fraction of all that is done.
+
+    Returns:
+        `perplexity`, with the numbers of each method and its `gain` over the truncated one; `retrieval`, with the
+        records of each task and method; and what they were measured on.
+
+    Raises:
+        ValueError: nothing to measure, a method named `truncated`, or what the measurements raise.
     """
-    stamp = environment(next(model.parameters()))
-    results: dict[str, Any] = {}
-    spans: list[list[int]] = []
-    for name, schedule in schedules.items():
-        report = functools.partial(progress, name) if progress is not None else None
-        with patch(model, schedule):
-            measured = perplexity_by_length(model, tokens, bins=bins, progress=report)
-        spans = [list(span) for span in measured.bins]
-        results[name] = {
-            "schedule": schedule.to_dict(),
-            "nll": list(measured.nll),
-            "perplexity": list(measured.perplexity),
-            "seconds": measured.seconds,
-        }
-    return {
-        "protocol": "binned",
-        "model": model_name,
-        "text": text_name,
-        "tokens": torch.as_tensor(tokens).numel(),
-        "bins": spans,
-        "results": results,
-        "environment": stamp,
-    }
-
-
-def environment(parameter: Tensor | None = None) -> dict[str, Any]:
-    """What a measurement ran on: processor, versions, commit, and a parameter's dtype and device."""
-    stamp: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers")},
-        "ropex": __version__,
-        "commit": _commit(),
-    }
-    if parameter is not None:
-        stamp["dtype"] = str(parameter.dtype).removeprefix("torch.")
-        stamp["device"] = parameter.device.type
-        if parameter.device.type == "cuda":
-            stamp["gpu"] = torch.cuda.get_device_name(parameter.device)
-    return stamp
-
-
-def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result so that the file is never seen half written."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def plot_perplexity(path: Path, result: Mapping[str, Any], *, trained_length: int | None = None) -> None:
-    """Draw perplexity against position, a line per method, into a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    middles = [(start + end) / 2 for start, end in result["bins"]]
-    for (name, measured), marker in zip(result["results"].items(), itertools.cycle("os^Dvph*<>X"), strict=False):
-        axes.plot(middles, measured["perplexity"], marker=marker, label=name)
-    if trained_length is not None and trained_length < result["bins"][-1][1]:
-        axes.axvline(trained_length, color="0.6", linestyle="--", linewidth=1)
-        axes.annotate(
-            "trained length",
-            (trained_length, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, -5),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color="0.4",
+    if TRUNCATED in schedules:
+        raise ValueError(
+            f"schedules with the name {TRUNCATED!r}: it is the row of the unpatched model; pass another name"
         )
-    axes.set(xlabel="position (tokens)", ylabel="perplexity", yscale="log", title=result["model"])
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="minor", labelsize="small")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    if tasks and (tokenizer is None or not lengths):
+        raise ValueError("tasks without a tokenizer and lengths: must have both; pass tokenizer= and lengths=")
+    found = as_documents(documents, vocabulary_size(model)) if len(documents) else []
+    if not found and not tasks:
+        raise ValueError("nothing to measure: must have documents or tasks; pass documents=, tasks=, or both")
+    trained = inspect(model).geometry.trained_length
+    methods = [_Method(name, schedule, None) for name, schedule in schedules.items()]
+    methods.append(_Method(TRUNCATED, None, trained))
+    store = Cells(None if cells is None else Path(cells), {"model": fingerprint(model), "ropex": __version__})
+    edges = bin_edges(bins, min(map(len, found))) if found else []
+    perplexity = {
+        method.name: [_perplexity_cell(model, method, document, protocol, edges, stride) for document in found]
+        for method in methods
+    }
+    numbers = list(itertools.product(range(samples), lengths))
+    retrieval = {
+        task: {
+            method.name: [
+                _retrieval_cell(model, tokenizer, method, task, length, list(depths), number, seed, scoring)
+                for number, length in numbers
+            ]
+            for method in methods
+        }
+        for task in tasks
+    }
+    # All methods on a document before the next one: what a killed run leaves is then a comparison.
+    order = list(itertools.chain.from_iterable(zip(*perplexity.values(), strict=True)))
+    for in_task in zip(*(zip(*of_task.values(), strict=True) for of_task in retrieval.values()), strict=True):
+        order += itertools.chain.from_iterable(in_task)
+    _measure(order, store, progress)
+
+    def value(cell: _Cell) -> Any:
+        return store.get(cell.key, lambda: None)
+
+    result: dict[str, Any] = {
+        "model": model_name,
+        "trained_length": trained,
+        "methods": {method.name: method.schedule and method.schedule.to_dict() for method in methods},
+    }
+    if found:
+        measured = {name: _joined([value(cell) for cell in of_method]) for name, of_method in perplexity.items()}
+        result["perplexity"] = {
+            "protocol": protocol,
+            "stride": stride if protocol in ("press", "window_mean") else None,
+            "text": text_name,
+            "documents": [document.name for document in found],
+            "tokens": [len(document) for document in found],
+            "bins": [list(span) for span in measured[TRUNCATED].bins],
+            "results": {
+                name: {**numbers.to_dict(), "gain": numbers.gain_over(measured[TRUNCATED])}
+                for name, numbers in measured.items()
+            },
+        }
+    if tasks:
+        result["retrieval"] = {
+            "lengths": list(lengths),
+            "depths": list(depths),
+            "samples": samples,
+            "seed": seed,
+            "scoring": scoring,
+            "results": {
+                task: {
+                    name: RetrievalResult(
+                        task, tuple(Record(**record) for cell in of_method for record in value(cell))
+                    ).to_dict()["records"]
+                    for name, of_method in of_task.items()
+                }
+                for task, of_task in retrieval.items()
+            },
+        }
+    return {**result, "environment": environment(next(model.parameters()))}
 
 
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+def _measure(order: list[_Cell], store: Cells, progress: Callable[[str, float], None] | None) -> None:
+    total = sum(cell.cost for cell in order)
+    done = 0.0
+    for cell in order:
+
+        def report(fraction: float, cell: _Cell = cell, done: float = done) -> None:
+            if progress is not None:
+                progress(cell.title, (done + fraction * cell.cost) / total)
+
+        report(0)
+        store.get(cell.key, lambda cell=cell, report=report: cell.measure(report if progress is not None else None))
+        report(1)
+        done += cell.cost
 
 
-def _commit() -> str | None:
-    """The commit of the checkout that ropex runs from, -dirty where files differ; None for an installed package."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    # Results of earlier runs are no difference in what is measured.
-    outside = [".", ":!benchmarks/results", ":!docs", ":!*.md"]
-    try:
-        head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "-C", root, "diff", "--quiet", "HEAD", "--", *outside], check=False)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("-dirty" if changed.returncode else "")
+def _perplexity_cell(
+    model: nn.Module,
+    method: _Method,
+    document: Document,
+    protocol: Protocol,
+    edges: list[int],
+    stride: int,
+) -> _Cell:
+    digest = hashlib.sha256(document.tokens.numpy().tobytes()).hexdigest()[:16]
+    steps = f" stride {stride}" if protocol in ("press", "window_mean") else ""
+
+    def measure(report: Progress | None) -> dict[str, Any]:
+        with method.applied(model):
+            return perplexity_by_length(
+                model, document, protocol=protocol, bins=edges, stride=stride, window=method.window, progress=report
+            ).to_dict()
+
+    key = f"perplexity, {protocol}{steps}, bins {edges}, document {digest} of {len(document)} tokens, {method.key}"
+    return _Cell(key, f"perplexity, {method.name}", float(len(document)), measure)
+
+
+def _retrieval_cell(
+    model: nn.Module,
+    tokenizer: Any,
+    method: _Method,
+    task: str,
+    length: int,
+    depths: list[float],
+    number: int,
+    seed: int,
+    scoring: Scoring,
+) -> _Cell:
+    chosen = find_task(task)
+
+    def measure(report: Progress | None) -> list[dict[str, Any]]:
+        made = chosen.samples(tokenizer, length, depths, number=number, seed=seed)
+        with method.applied(model):
+            records = ask(
+                model, tokenizer, chosen, made, number, scoring=scoring, window=method.window, progress=report
+            )
+        return [asdict(record) for record in records]
+
+    key = f"{task}, {length} tokens, depths {depths}, sample {number}, seed {seed}, {scoring}, {method.key}"
+    cost = float(length) * (1 if chosen.shared else len(depths))
+    return _Cell(key, f"{task} at {length:,}, {method.name}", cost, measure)
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> PerplexityByLength:
+    first, *others = (PerplexityByLength.from_dict(part) for part in parts)
+    for other in others:
+        first = first.joined(other)
+    return first

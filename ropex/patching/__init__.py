@@ -4,7 +4,7 @@ from ropex.patching.config import UnsupportedModelError
 from ropex.patching.export import Export, export
 from ropex.patching.groups import param_groups
 from ropex.patching.inspect import Inspection, LayerKind, depends_on_length, inspect
-from ropex.patching.patch import Patch, load, patch, unpatch
+from ropex.patching.patch import Patch, find_patch, load, patch, unpatch
 
 __all__ = [
     "Export",
@@ -14,6 +14,7 @@ __all__ = [
     "UnsupportedModelError",
     "depends_on_length",
     "export",
+    "find_patch",
     "inspect",
     "load",
     "param_groups",

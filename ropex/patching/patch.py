@@ -31,7 +31,7 @@ from ropex.patching.plan import Plan, Wish, plan_for
 from ropex.patching.swap import Rotating, rotating_class, swap_class
 from ropex.scaling import FrequencySchedule
 
-__all__ = ["OnScaled", "Patch", "Precision", "Sliding", "load", "patch", "unpatch"]
+__all__ = ["OnScaled", "Patch", "Precision", "Sliding", "find_patch", "load", "patch", "unpatch"]
 
 OnScaled = Literal["error", "replace", "keep"]
 Sliding = Literal["keep", "scale"]
@@ -236,6 +236,12 @@ def _apply(model: nn.Module, plan: Plan, tokenizer: Any) -> Patch:
         hooks.append(owner.register_forward_pre_hook(require_one_length, with_kwargs=True))
         hooks.append(owner.register_forward_hook(mark_cache, with_kwargs=True))
     return Patch(model, first)
+
+
+def find_patch(model: nn.Module) -> Patch | None:
+    """The patch that a model carries, or None."""
+    spots = find_patched(model)
+    return Patch(model, spots[0].patched) if spots else None
 
 
 def unpatch(model: nn.Module) -> None:
