@@ -166,18 +166,14 @@ def needle(rng: random.Random, depths: Sequence[float], lines: Sequence[str]) ->
 
 
 def needle_multikey(rng: random.Random, depths: Sequence[float], lines: Sequence[str]) -> Draft:
-    places = [*depths, *(rng.random() for _ in range(max(2, 8 - len(depths))))]
-    names = list(itertools.islice(_names(rng), len(places)))
-    keys = list(itertools.islice(_numbers(rng), len(places)))
-    facts = [(p, f"The special number of {n} is {k}.\n") for p, n, k in zip(places, names, keys, strict=True)]
-    return Draft(
+    needles = zip(_names(rng), _numbers(rng), strict=False)
+    return _lookups(
+        rng,
+        depths,
         "Several special numbers are hidden in the following text. Keep them in mind.\n",
-        facts,
+        "The special number of {} is {}.\n",
+        list(itertools.islice(needles, len(depths) + max(3, 8 - len(depths)))),
         _prose(rng, lines),
-        [
-            _question(f"\nThe special number of {names[i]} is", keys[i], _mixed(rng, keys[i], keys), depth)
-            for i, depth in enumerate(depths)
-        ],
     )
 
 
@@ -208,33 +204,47 @@ def register_lines(rng: random.Random, depths: Sequence[float], lines: Sequence[
         rng,
         depths,
         "Below are lines, each with its REGISTER_CONTENT. Keep them in mind.\n",
-        "line {}: REGISTER_CONTENT is",
+        "line {}: REGISTER_CONTENT is {}\n",
+        _names(rng),
     )
 
 
 def key_value(rng: random.Random, depths: Sequence[float], lines: Sequence[str]) -> Draft:
-    return _records(rng, depths, "Below are keys, each with its value. Keep them in mind.\n", "{} =")
+    header = "Below are keys, each with its value. Keep them in mind.\n"
+    return _records(rng, depths, header, "{} = {}\n", (name.lower() for name in _people(rng)))
 
 
-def _records(rng: random.Random, depths: Sequence[float], header: str, form: str) -> Draft:
-    """A text of records, each a form with its name and then its number; the question is a record without it."""
-    records = ((name.lower(), number) for name, number in zip(_people(rng), _numbers(rng), strict=False))
+def _records(rng: random.Random, depths: Sequence[float], header: str, form: str, names: Iterator[str]) -> Draft:
+    """A text of nothing but records, each of a name and a number."""
+    records = zip(names, _numbers(rng), strict=False)
+    known = list(itertools.islice(records, len(depths) + 8))
+    return _lookups(rng, depths, header, form, known, (form.format(*record) for record in records))
 
-    def line(name: str, number: str) -> str:
-        return f"{form.format(name)} {number}\n"
 
-    asked = list(itertools.islice(records, len(depths)))
-    known = list(itertools.islice(records, 8))  # some of the others, so that wrong answers stand in the text
-    numbers = [number for _, number in (*asked, *known)]
-    return Draft(
-        header,
-        [(depth, line(*record)) for depth, record in zip(depths, asked, strict=True)],
-        (line(*record) for record in itertools.chain(known, records)),
-        [
-            _question(f"\n{form.format(name)}", number, _mixed(rng, number, numbers), depth)
-            for depth, (name, number) in zip(depths, asked, strict=True)
-        ],
-    )
+def _lookups(
+    rng: random.Random,
+    depths: Sequence[float],
+    header: str,
+    form: str,
+    records: Sequence[tuple[str, str]],
+    filler: Iterable[str],
+) -> Draft:
+    """Records in a text, the first ones at the depths asked, the others anywhere; the question is one, less its number.
+
+    It follows on three of the others, said once more: without instructions a small model then knows what is wanted,
+    which was worth 4 nats an answer on SmolLM2-135M.
+    """
+    others = records[len(depths) :]
+    facts = [(depth, form.format(*record)) for depth, record in zip(depths, records, strict=False)]
+    facts += [(rng.random(), form.format(*record)) for record in others]
+    again = "".join(form.format(*record) for record in others[:3])
+    numbers = [number for _, number in records if number not in again]
+    before = form[: form.rindex(" {}")]
+    questions = [
+        _question(f"\nOnce more:\n{again}{before.format(name)}", number, _mixed(rng, number, numbers), depth)
+        for depth, (name, number) in zip(depths, records, strict=False)
+    ]
+    return Draft(header, facts, filler, questions)
 
 
 def threads(backward: bool) -> Callable[[random.Random, Sequence[float], Sequence[str]], Draft]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ropex.evaluation.losses import last_logits_only
-from ropex.patching import depends_on_length, find_patch
+from ropex.patching import cache_argument, cache_of, depends_on_length, find_patch
 
 __all__ = ["Continuation", "Reader", "encode_pair", "one_length"]
 
@@ -54,7 +54,7 @@ class Reader:
         else:
             self._cache = None
         with last_logits_only(self._model):
-            self._cache = self._pass(context[shared:], self._cache).past_key_values
+            self._cache = cache_of(self._pass(context[shared:], self._cache))
         self._read = context
 
     def continuations(self, prompt: Sequence[int], candidates: Sequence[Sequence[int]]) -> list[Continuation]:
@@ -85,16 +85,17 @@ class Reader:
             tokens.append(token)
             if len(tokens) < count:
                 output = self._pass(torch.tensor([token]), cache)
-                cache, logits = output.past_key_values, output.logits[0].float().cpu()
+                cache, logits = cache_of(output), output.logits[0].float().cpu()
         _restore(cache, len(self._read))
         return tokens
 
     def _after(self, prompt: Sequence[int]) -> tuple[Any, Tensor]:
         output = self._pass(torch.tensor(prompt), _branch(self._cache))
-        return output.past_key_values, output.logits[0].float().cpu()
+        return cache_of(output), output.logits[0].float().cpu()
 
     def _pass(self, tokens: Tensor, cache: Any) -> Any:
-        return self._model(input_ids=tokens[None].to(self._device), past_key_values=cache, use_cache=True)
+        given = {} if cache is None else {cache_argument(self._model): cache}
+        return self._model(input_ids=tokens[None].to(self._device), use_cache=True, **given)
 
 
 def one_length(model: nn.Module, length: int) -> AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 from ropex.patching.config import UnsupportedModelError
 from ropex.patching.export import Export, export
+from ropex.patching.generation import cache_argument, cache_of
 from ropex.patching.groups import param_groups
 from ropex.patching.inspect import Inspection, LayerKind, depends_on_length, inspect
 from ropex.patching.patch import Patch, find_patch, load, patch, unpatch
@@ -12,6 +13,8 @@ __all__ = [
     "LayerKind",
     "Patch",
     "UnsupportedModelError",
+    "cache_argument",
+    "cache_of",
     "depends_on_length",
     "export",
     "find_patch",

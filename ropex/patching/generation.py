@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from ropex.patching.swap import generated_class
 
 __all__ = [
     "Pinning",
+    "cache_argument",
+    "cache_of",
     "can_pin",
     "mark_cache",
     "note_reentrant",
@@ -23,6 +26,9 @@ __all__ = [
     "require_growing_cache",
     "require_one_length",
 ]
+
+# transformers 5.24 renamed it, in what a forward takes and in what it gives.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 # --- hooks on the module that runs the layers -------------------------------------------------------------------------
@@ -35,7 +41,7 @@ def require_evaluation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         ValueError: the model is in training mode, and its cache not empty: each pass would draw anew.
     """
     rope = patched_in(module)[0].rope
-    cache = _find_cache((kwargs.get("past_key_values"), *args))
+    cache = _cache_given(args, kwargs)
     if rope.training and _tokens_in(cache) != 0:
         raise ValueError(
             f"cache with tokens in training mode with {rope.schedule!r}: each pass draws its own positions or "
@@ -56,7 +62,7 @@ def require_one_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     """
     rope = patched_in(module)[0].rope
     pinned = rope.pinned_length
-    cache = _find_cache((kwargs.get("past_key_values"), *args))
+    cache = _cache_given(args, kwargs)
     seen = _tokens_in(cache)
     filled = getattr(cache, "ropex_pinned_length", None)
     if cache is not None and seen == 0:
@@ -85,7 +91,7 @@ def require_growing_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict
     Raises:
         ValueError: the cache is static.
     """
-    cache = _find_cache((kwargs.get("past_key_values"), *args))
+    cache = _cache_given(args, kwargs)
     if any("Static" in type(layer).__name__ for layer in getattr(cache, "layers", ())):
         raise ValueError(
             'static cache with precision="float32": it is allocated in one dtype, and keys are float32 where values '
@@ -95,7 +101,7 @@ def require_growing_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 def mark_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook: note on the cache under which pinned length a pass filled it, and how many tokens it holds."""
-    cache = _find_cache(output.values() if isinstance(output, dict) else output)
+    cache = cache_of(output)
     if cache is not None:
         cache.ropex_pinned_length = patched_in(module)[0].rope.pinned_length
         if not torch.compiler.is_compiling():
@@ -127,6 +133,21 @@ def patched_in(module: nn.Module) -> list[PatchedRotary]:
     return [child for child in module.modules() if isinstance(child, PatchedRotary)]
 
 
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output, or None."""
+    return _find_cache(output.values() if isinstance(output, dict) else output)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """By which name a model's forward takes a cache."""
+    new, old = CACHE_NAMES
+    return new if new in inspect.signature(model.forward).parameters else old
+
+
+def _cache_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _find_cache((*(kwargs.get(name) for name in CACHE_NAMES), *args))
+
+
 def _find_cache(values: Iterable[Any]) -> Any:
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
@@ -143,7 +164,7 @@ def _tokens_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 # What is not carried from one stretch of a generation to the next.
-_BEYOND = ("streamer", "return_dict_in_generate", "past_key_values", "assistant_model", "inputs_embeds")
+_BEYOND = ("streamer", "return_dict_in_generate", *CACHE_NAMES, "assistant_model", "inputs_embeds")
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
