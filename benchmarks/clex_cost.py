@@ -23,7 +23,7 @@ from torchdiffeq import odeint
 
 import ropex
 from benchmarks import RESULTS, summary
-from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.loading import load_model, load_texts
 from ropex.evaluation.results import environment, write_json
 from ropex.scaling import CLEX, clex
 
@@ -110,7 +110,7 @@ def training(rounds: int, tokens: int) -> tuple[dict[str, Any], Tensor]:
     """CLEX's part of a training step, forward and backward, in turn with the step of the model that has no net."""
     loaded = load_model(dtype=torch.float32)
     model = loaded.model.train()
-    ids = loaded.tokenizer(load_text()[0], return_tensors="pt")["input_ids"][:, :tokens]
+    ids = loaded.tokenizer(load_texts().texts[0], return_tensors="pt")["input_ids"][:, :tokens]
     rope = ropex.RotaryEmbedding(GEOMETRY, seeded(0.5))
     ropex.patch(model, "linear", factor=MAX_FACTOR)
     shares = []

@@ -18,7 +18,7 @@ from transformers.utils import logging
 import ropex
 from benchmarks import RESULTS
 from ropex.evaluation import perplexity_by_length
-from ropex.evaluation.loading import LoadedModel, load_model, load_text
+from ropex.evaluation.loading import LoadedModel, load_model, load_texts
 from ropex.evaluation.results import environment, write_json
 
 LIMITS = {"none": 0.001, "linear": 0.005, "ntk": 0.005, "yarn": 0.005}
@@ -45,11 +45,11 @@ def measure(loaded: LoadedModel, tokens: torch.Tensor, bins: int, factor: float,
 
     model = loaded.model
     geometry = ropex.inspect(model).geometry
-    options = {method: {} if method == "none" else {"factor": factor} for method in LIMITS}
+    factors = {method: None if method == "none" else factor for method in LIMITS}
     result: dict[str, Any] = {"model": loaded.name, "text": text_name, "tokens": len(tokens), "results": {}}
     result["environment"] = environment(next(model.parameters()))
     for method in LIMITS:
-        with ropex.patch(model, method, **options[method]):
+        with ropex.patch(model, method, factors[method]):
             result["results"][method] = perplexity_by_length(model, tokens, bins=bins).to_dict()
         config = type(model.config).from_dict(model.config.to_dict())
         config.rope_parameters = rope_parameters(method, geometry, factor)
@@ -79,9 +79,9 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     loaded = load_model()
-    body, text_name = load_text()
-    tokens = loaded.tokenizer(body, return_tensors="pt")["input_ids"][0, : arguments.length]
-    result = measure(loaded, tokens, arguments.bins, arguments.factor, text_name)
+    text = load_texts()
+    tokens = loaded.tokenizer(text.texts[0], return_tensors="pt")["input_ids"][0, : arguments.length]
+    result = measure(loaded, tokens, arguments.bins, arguments.factor, text.title)
     result["differences"] = differences(result)
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "parity.json", result)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ropex
 from benchmarks import RESULTS, summary
-from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.loading import load_model, load_texts
 from ropex.evaluation.results import environment, write_json
 
 METHOD = "yarn"
@@ -47,7 +47,9 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = load_model(dtype=getattr(torch, arguments.dtype), device=arguments.device)
     model = loaded.model
-    ids = loaded.tokenizer(load_text()[0], return_tensors="pt")["input_ids"][:, : arguments.tokens].to(arguments.device)
+    ids = loaded.tokenizer(load_texts().texts[0], return_tensors="pt")["input_ids"][:, : arguments.tokens].to(
+        arguments.device
+    )
     seconds(model, ids)
     patched, unpatched = [], []
     for number in range(arguments.pairs):

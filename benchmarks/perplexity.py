@@ -1,6 +1,6 @@
 """Perplexity against context length of the training-free methods, on the default model and text.
 
-    python -m benchmarks.perplexity [--factor 2] [--documents 1]
+    python -m benchmarks.perplexity [--factor 2] [--documents 2] [--dtype bfloat16]
 
 writes perplexity.json and perplexity.png to benchmarks/results (perplexity_1.5.json and so on for other factors). A run
 that was killed goes on where it stopped.
@@ -19,7 +19,7 @@ from transformers.utils import logging
 import ropex
 from benchmarks import RESULTS
 from ropex.evaluation import compare_methods, documents
-from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.loading import load_model, load_texts
 from ropex.evaluation.plots import plot_perplexity
 from ropex.evaluation.results import write_json
 from ropex.scaling import FrequencySchedule
@@ -46,15 +46,16 @@ def training_free(factor: float) -> dict[str, FrequencySchedule]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--factor", type=float, default=2.0)
-    parser.add_argument("--documents", type=int, default=1)
+    parser.add_argument("--documents", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.disable_progress_bar()
-    loaded = load_model()
+    loaded = load_model(dtype=getattr(torch, options.dtype))
     trained = ropex.inspect(loaded.model).geometry.trained_length
     length = round(options.factor * trained)
-    body, text_name = load_text()
-    found = documents(body, loaded.tokenizer, length=length, limit=options.documents, names=[text_name])
+    text = load_texts()
+    found = documents(text.texts, loaded.tokenizer, length=length, limit=options.documents, names=text.names)
     edges = [0, trained // 4, *range(trained // 2, length + 1, trained // 4 if length < 2 * trained else trained // 2)]
     name = "perplexity" if options.factor == 2 else f"perplexity_{options.factor:g}"
     with progress_bar() as report:
@@ -65,7 +66,7 @@ def main() -> None:
             bins=edges,
             cells=PARTS / f"{name}.json",
             model_name=loaded.name,
-            text_name=text_name,
+            text_name=text.title,
             progress=report,
         )
     options.out.mkdir(parents=True, exist_ok=True)

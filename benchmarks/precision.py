@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ropex
 from benchmarks import RESULTS
-from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.loading import load_model, load_texts
 from ropex.evaluation.results import environment, write_json
 from ropex.precision import Rung, angle_error, probe_precision
 
@@ -53,7 +53,7 @@ def model() -> dict[str, Any]:
     """D and D_logit of Wang et al., summed over the layers and averaged over them."""
     loaded = load_model()
     geometry = ropex.inspect(loaded.model).geometry
-    ids = loaded.tokenizer(load_text()[0], return_tensors="pt")["input_ids"][:, :TOKENS]
+    ids = loaded.tokenizer(load_texts().texts[0], return_tensors="pt")["input_ids"][:, :TOKENS]
     kept: dict[str, list[Tensor]] = {"q_proj": [], "k_proj": []}
 
     def keep(name: str) -> Any:

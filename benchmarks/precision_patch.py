@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import ropex
 from benchmarks import RESULTS, summary
 from benchmarks.patch_overhead import seconds
-from ropex.evaluation.loading import load_model, load_text
+from ropex.evaluation.loading import load_model, load_texts
 from ropex.evaluation.results import environment, write_json
 
 SHIFT = 16
@@ -95,7 +95,7 @@ def status(name: str) -> int:
 def memory(name: str, tokens: int) -> int:
     """What a forward pass adds at its peak, in MiB; to be run in a process of its own."""
     loaded = load_model(dtype=torch.bfloat16)
-    ids = loaded.tokenizer(load_text()[0], return_tensors="pt")["input_ids"][:, :tokens]
+    ids = loaded.tokenizer(load_texts().texts[0], return_tensors="pt")["input_ids"][:, :tokens]
     with patched(loaded.model, PATCHES[name]):
         loaded.model(input_ids=ids[:, :8], use_cache=False, logits_to_keep=1)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
@@ -117,7 +117,7 @@ def main() -> None:
         return
     loaded = load_model(dtype=torch.bfloat16)
     model: Any = loaded.model
-    ids = loaded.tokenizer(load_text()[0], return_tensors="pt")["input_ids"][:, : options.tokens]
+    ids = loaded.tokenizer(load_texts().texts[0], return_tensors="pt")["input_ids"][:, : options.tokens]
     rows: dict[str, dict[str, Any]] = {}
     from transformers import AttentionInterface
 

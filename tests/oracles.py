@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import ropex
 from ropex import draws
+from ropex.patching import cache_argument
 from ropex.scaling.base import innermost
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -184,3 +185,8 @@ def tiny_tokens(length: int, batch: int = 1) -> torch.Tensor:
 @torch.no_grad()
 def logits(model: torch.nn.Module, ids: torch.Tensor, **inputs: object) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False, **inputs).logits
+
+
+def cached(model: torch.nn.Module, cache: object) -> dict[str, object]:
+    """A cache as an argument of a model's forward, or of generate."""
+    return {cache_argument(model): cache}

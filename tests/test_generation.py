@@ -10,7 +10,8 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import ropex
-from tests.oracles import FAMILIES, TRAINED_LENGTH, logits, tiny_model, tiny_tokens
+from ropex.patching import cache_of
+from tests.oracles import FAMILIES, TRAINED_LENGTH, cached, logits, tiny_model, tiny_tokens
 
 SHORT = 64  # a trained length that cached decoding outgrows three times within a test
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -182,10 +183,10 @@ def test_a_static_cache_that_outgrows_its_pin_is_noticed() -> None:
     ids = tiny_tokens(100)
     cache = StaticCache(config=model.config, max_cache_len=200)
     with patch.pin_length(101), torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
-        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        model(input_ids=ids, **cached(model, cache), use_cache=True)
+        model(input_ids=ids[:, :1], **cached(model, cache), use_cache=True)
         with pytest.raises(ValueError, match=r"context of 102 tokens under pin_length\(101\): must not outgrow"):
-            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :1], **cached(model, cache), use_cache=True)
 
 
 def test_a_cache_of_another_generation_is_refused() -> None:
@@ -194,7 +195,7 @@ def test_a_cache_of_another_generation_is_refused() -> None:
     out = generate(model, ids, 8, return_dict_in_generate=True)
     longer = torch.cat((out.sequences, tiny_tokens(20)), dim=1)
     with pytest.raises(ValueError, match=r"cache with 87 tokens filled under pin_length\(88\), now pin_length\(116\)"):
-        generate(model, longer, 8, past_key_values=out.past_key_values)
+        generate(model, longer, 8, **cached(model, cache_of(out)))
     assert ropex.inspect(model).pinned_length is None
 
 
@@ -204,7 +205,7 @@ def test_one_pin_serves_a_conversation() -> None:
     with patch.pin_length(200):
         out = generate(model, ids, 8, return_dict_in_generate=True)
         longer = torch.cat((out.sequences, tiny_tokens(20)), dim=1)
-        continued = generate(model, longer, 8, past_key_values=out.past_key_values)
+        continued = generate(model, longer, 8, **cached(model, cache_of(out)))
         assert torch.equal(continued, generate(model, longer, 8, use_cache=False))
 
 
@@ -391,6 +392,6 @@ def test_a_dynamic_cache_by_hand() -> None:
     ids = tiny_tokens(TRAINED_LENGTH // 4)
     with patch.pin_length(ids.shape[1]), torch.no_grad():
         cache = DynamicCache()
-        parts = [model(input_ids=ids[:, i : i + 16], past_key_values=cache).logits for i in range(0, ids.shape[1], 16)]
+        parts = [model(input_ids=ids[:, i : i + 16], **cached(model, cache)).logits for i in range(0, ids.shape[1], 16)]
         whole = logits(model, ids)
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-4

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import ropex
 from ropex.patching import files
 from ropex.patching.swap import Rotating
-from tests.oracles import LOGIT_ERROR, TRAINED_LENGTH, logits, tiny_config, tiny_model, tiny_tokens
+from tests.oracles import LOGIT_ERROR, TRAINED_LENGTH, cached, logits, tiny_config, tiny_model, tiny_tokens
 
 four_families = pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt_neox"])
 EFFECT = 1e-3
@@ -350,16 +350,16 @@ def test_decoding_in_a_cuda_graph(method: str, device: torch.device) -> None:
     patch = ropex.Patch(model, model.model.rotary_emb)
     with patch.pin_length(1024), torch.no_grad():
         cache = StaticCache(config=model.config, max_cache_len=128)
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **cached(model, cache))
         token, position = ids[:, :1].clone(), torch.tensor([[64]], device=device)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(3):
-                model(input_ids=token, position_ids=position, past_key_values=cache)
+                model(input_ids=token, position_ids=position, **cached(model, cache))
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = model(input_ids=token, position_ids=position, past_key_values=cache).logits
+            out = model(input_ids=token, position_ids=position, **cached(model, cache)).logits
         first = out.clone()
         patch.pin_length(2048)
         graph.replay()

@@ -15,12 +15,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ropex
+from ropex.patching import cache_of
 from ropex.patching.swap import Rotating
 from tests.oracles import (
     FAMILIES,
     LOGIT_ERROR,
     MORE_FAMILIES,
     TRAINED_LENGTH,
+    cached,
     logits,
     scaled_config,
     tiny_config,
@@ -356,19 +358,19 @@ def test_a_length_dependent_method_needs_a_pinned_length_for_its_cache(family: s
     prompt, step = ids[:, :-1], ids[:, -1:]
     total = ids.shape[1]
     with ropex.patch(model, "dynamic_ntk", factor=4) as patch, torch.no_grad():
-        cache = model(input_ids=prompt, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=prompt, use_cache=True))
         with pytest.raises(ValueError, match=rf"cache with {total - 1} tokens filled under pin_length\(None\), now"):
-            model(input_ids=step, past_key_values=cache)
+            model(input_ids=step, **cached(model, cache))
         with patch.pin_length(total), pytest.raises(ValueError, match=r"pin_length\(None\), now pin_length\(\d+\)"):
-            model(input_ids=step, past_key_values=cache)
+            model(input_ids=step, **cached(model, cache))
         with patch.pin_length(total):
             assert ropex.inspect(model).pinned_length == total
-            cache = model(input_ids=prompt, use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=prompt, use_cache=True))
             with patch.pin_length(total + 50), pytest.raises(ValueError, match=r"filled under pin_length\(612\), now"):
-                model(input_ids=step, past_key_values=cache)
-            stepped = model(input_ids=step, past_key_values=cache).logits[:, -1]
+                model(input_ids=step, **cached(model, cache))
+            stepped = model(input_ids=step, **cached(model, cache)).logits[:, -1]
             with pytest.raises(ValueError, match=rf"context of {total + 1} tokens under pin_length\({total}\)"):
-                model(input_ids=step, past_key_values=cache)
+                model(input_ids=step, **cached(model, cache))
         assert ropex.inspect(model).pinned_length is None
         whole = logits(model, ids)[:, -1]
     assert (stepped - whole).abs().max() < LOGIT_ERROR, "under a pin, cached decoding is the full pass"

@@ -30,6 +30,7 @@ LAYERS = {
     "scaling": 1,
     "kernels": 1,
     "precision": 2,
+    "recommend": 2,
     "rotary": 2,
     "patching": 3,
     "evaluation": 4,

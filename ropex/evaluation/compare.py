@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,18 +179,22 @@ def compare_methods(
 
 
 def _measure(order: list[_Cell], store: Cells, progress: Callable[[str, float], None] | None) -> None:
+    """Measure what is not finished; the time left is that of the rest."""
+    order = [cell for cell in order if cell.key not in store]
     total = sum(cell.cost for cell in order)
     done = 0.0
     for cell in order:
-
-        def report(fraction: float, cell: _Cell = cell, done: float = done) -> None:
-            if progress is not None:
-                progress(cell.title, (done + fraction * cell.cost) / total)
-
-        report(0)
-        store.get(cell.key, lambda cell=cell, report=report: cell.measure(report if progress is not None else None))
-        report(1)
+        report = None if progress is None else _share(progress, cell, done, total)
+        if report is not None:
+            report(0.0)
+        store.get(cell.key, functools.partial(cell.measure, report))
+        if report is not None:
+            report(1.0)
         done += cell.cost
+
+
+def _share(progress: Callable[[str, float], None], cell: _Cell, done: float, total: float) -> Progress:
+    return lambda fraction: progress(cell.title, (done + fraction * cell.cost) / total)
 
 
 def _perplexity_cell(

@@ -58,7 +58,7 @@ class LossCurve:
 
     def __call__(self, length: float) -> float:
         """The loss at this length."""
-        return (self.alpha / length) ** self.beta + self.gamma
+        return float((self.alpha / length) ** self.beta + self.gamma)
 
 
 def fit_loss_curve(lengths: Sequence[float], losses: Sequence[float]) -> LossCurve:

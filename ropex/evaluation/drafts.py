@@ -335,7 +335,8 @@ def first_sentence(rng: random.Random, depths: Sequence[float], lines: Sequence[
     words = [rng.choice(_ADJECTIVES), rng.choice(_NOUNS), rng.choice(_VERBS), rng.choice(_ADJECTIVES)]
     words += [rng.choice(_NOUNS), rng.choice(_NOUNS)]
 
-    def sentence(adjective: str, noun: str, verb: str, other: str, thing: str, place: str) -> str:
+    def sentence(words: Sequence[str]) -> str:
+        adjective, noun, verb, other, thing, place = words
         return f"The {adjective} {noun} {verb} the {other} {thing} behind the {place}."
 
     pools = (_ADJECTIVES, _NOUNS, _VERBS, _ADJECTIVES, _NOUNS, _NOUNS)
@@ -343,9 +344,9 @@ def first_sentence(rng: random.Random, depths: Sequence[float], lines: Sequence[
     for i in (*range(6), *rng.sample(range(6), 3)):
         choices = [word for word in pools[i] if word != words[i]]
         # None twice: a sentence is known by which word was replaced and by what.
-        fresh = (sentence(*words[:i], word, *words[i + 1 :]) for word in rng.sample(choices, len(choices)))
+        fresh = (sentence([*words[:i], word, *words[i + 1 :]]) for word in rng.sample(choices, len(choices)))
         wrong.append(next(candidate for candidate in fresh if candidate not in wrong))
-    right = sentence(*words)
+    right = sentence(words)
     prompt = "\nThe very first sentence of the text above is:"
     return Draft("", [(0.0, right + "\n")], _prose(rng, lines), [_question(prompt, right, tuple(wrong), 0.0)])
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ropex._checks import require_int
-from ropex.patching import inspect
+from ropex.patching.inspect import inspect
 
 __all__ = ["harness"]
 

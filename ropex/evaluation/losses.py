@@ -77,6 +77,7 @@ def token_losses(
     chunk: int = 512,
     report: Progress | None = None,
     where: int = 0,
+    shift: int = 0,
 ) -> Tensor:
     """The loss of each token from `first` on, float32 [n - first] on the CPU, by one pass over all of them.
 
@@ -87,6 +88,7 @@ def token_losses(
         chunk: positions whose logits are held at a time.
         report: called with the fraction done.
         where: position of tokens[0] in its text, for the messages.
+        shift: by how much all positions are moved, which in exact arithmetic changes nothing.
 
     Raises:
         ValueError: logits that are made of more than the output embedding, or a loss that is not finite.
@@ -98,7 +100,8 @@ def token_losses(
         if report is not None:
             for handle in _report_layers(model, report):
                 stack.callback(handle.remove)
-        logits = model(input_ids=ids, use_cache=False).logits
+        moved = {"position_ids": torch.arange(shift, shift + len(tokens), device=ids.device)[None]} if shift else {}
+        logits = model(input_ids=ids, use_cache=False, **moved).logits
     explained = False
     if len(seen) == 1:
         hidden, autocast = seen[0]

@@ -126,7 +126,7 @@ def encode_pair(tokenizer: Any, prompt: str, continuation: str) -> tuple[list[in
 
 def _can_crop(cache: Any) -> bool:
     """Whether a cache can forget its last tokens: not one of windows or of states."""
-    layers = getattr(cache, "layers", None)
+    layers: list[Any] = getattr(cache, "layers", None) or []
     return bool(layers) and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
 
 

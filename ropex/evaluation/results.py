@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from ropex._version import __version__
 
-__all__ = ["Cells", "environment", "fingerprint", "write_json"]
+__all__ = ["Cells", "environment", "fingerprint", "write_csv", "write_json"]
 
 
 def environment(parameter: Tensor | None = None) -> dict[str, Any]:
@@ -42,8 +44,21 @@ def environment(parameter: Tensor | None = None) -> dict[str, Any]:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result so that the file is never seen half written."""
+    _write(path, json.dumps(result, indent=2) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of the same keys, the same way."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(path, text.getvalue())
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -14,12 +13,16 @@ from torch import Tensor, nn
 from ropex._checks import require_choice, require_int
 from ropex.evaluation.losses import Progress, evaluating
 from ropex.evaluation.reading import Continuation, Reader, encode_pair, one_length
+from ropex.evaluation.results import write_csv
 from ropex.evaluation.tasks import Question, Sample, Task, tasks
 
 __all__ = ["Metric", "Record", "RetrievalResult", "Scoring", "ask", "find_task", "retrieval", "score"]
 
 Scoring = Literal["likelihood", "generation"]
 Metric = Literal["exact", "chosen", "logprob"]
+
+# Log-probability, margin, chosen, exact: the middle fields of a record.
+Answered = tuple[float | None, float | None, bool | None, bool]
 
 # In a generated text, so that an answer may be introduced before it is given.
 _SLACK = 16
@@ -71,10 +74,7 @@ class RetrievalResult:
 
     def to_csv(self, path: str | Path) -> None:
         """Write the records, a line each."""
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Record)])
-            writer.writeheader()
-            writer.writerows(asdict(record) for record in self.records)
+        write_csv(Path(path), [asdict(record) for record in self.records])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -193,12 +193,15 @@ def ask(
         for done, sample in enumerate(reversed(samples)):
             reader.read(_seen(sample, window, slack))
             for question in sample.questions:
+                answered: Answered
                 if scoring == "generation":
-                    exact = _generated(reader, tokenizer, question.prompt, question.answer)
-                    answered = (None, None, None, exact)
+                    contained = _generated(reader, tokenizer, question.prompt, question.answer)
+                    answered = (None, None, None, contained)
                 else:
                     answered = score(_continue(reader, tokenizer), sample, question)
-                records.append(Record(task.name, length, question.depth, number, *answered, task.chance))
+                logprob, margin, picked, exact = answered
+                place = (task.name, length, question.depth, number)
+                records.append(Record(*place, logprob, margin, picked, exact, task.chance))
             if progress is not None:
                 progress((done + 1) / len(samples))
     return sorted(records, key=lambda record: record.depth)

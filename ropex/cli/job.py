@@ -1,0 +1,176 @@
+"""What a measuring command was asked for, in flags or in a YAML file, checked before a model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import yaml
+
+import ropex
+from ropex._checks import require_choice, require_int
+from ropex.cli.console import split
+from ropex.evaluation import tasks
+from ropex.evaluation.compare import TRUNCATED
+from ropex.evaluation.perplexity import Protocol, bin_edges
+from ropex.evaluation.retrieval import Scoring
+from ropex.scaling.base import FrequencySchedule
+from ropex.scaling.registry import accepted_options
+
+__all__ = ["Job", "read_job"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class Job:
+    """A comparison; the fields are the flags of `ropex compare` and the keys of its YAML file.
+
+    What stands in lists may also be written as one text with commas. `methods` may be a mapping of names to options,
+    with `method` among them where the name is another.
+    """
+
+    model: str | None = None
+    methods: Any = "none,linear,ntk,yarn"
+    factor: float = 2.0
+    text: str | None = None
+    dataset: str | None = None
+    split: str = "test"
+    column: str = "text"
+    length: int | None = 12288
+    documents: int = 1
+    protocol: str = "binned"
+    bins: Any = "6"
+    stride: int = 256
+    tasks: Any = ()
+    lengths: Any = ()
+    depths: Any = "0.1,0.5,0.9"
+    samples: int = 1
+    seed: int = 0
+    scoring: str = "likelihood"
+    dtype: str = "float32"
+    device: str | None = None
+    out: str | None = None
+
+    def check(self) -> None:
+        """Whatever can be wrong without the model; lists and names become what they say.
+
+        Raises:
+            ValueError: an unknown name, or a value that cannot be.
+        """
+        self.schedules: dict[str, FrequencySchedule] = _schedules(self.methods, self.factor)
+        self.tasks = _listed("tasks", self.tasks, str)
+        self.lengths = _listed("lengths", self.lengths, int)
+        self.depths = _listed("depths", self.depths, float)
+        self.bins = _bins(self.bins)
+        for name in self.tasks:
+            require_choice("task", name, tasks())
+        require_choice("protocol", self.protocol, get_args(Protocol))
+        require_choice("scoring", self.scoring, get_args(Scoring))
+        require_choice("dtype", self.dtype, _DTYPES)
+        for name in ("documents", "samples", "stride"):
+            require_int(name, getattr(self, name), minimum=1, remedy="pass how many")
+        require_int("seed", self.seed, minimum=0, remedy="pass a number for the texts")
+        if self.text is not None and self.dataset is not None:
+            raise ValueError(
+                f"text={self.text!r} and dataset={self.dataset!r}: must be one of them; leave out the other"
+            )
+        if self.length is not None:
+            require_int("length", self.length, minimum=2, remedy="pass the tokens of each document")
+            bin_edges(self.bins, self.length)
+        elif not self.tasks:
+            raise ValueError("length=null without tasks: must measure something; pass a length, or tasks")
+        if self.tasks and not self.lengths:
+            raise ValueError("tasks without lengths: must have both; pass --lengths such as 4096,8192")
+        for length in self.lengths:
+            require_int("lengths", length, minimum=2, remedy="pass tokens, such as 4096,8192")
+        self.device = _device(self.device)
+
+
+def read_job(path: Path) -> Job:
+    """The job that a YAML file describes.
+
+    Raises:
+        ValueError: no such file, no YAML, or an unknown key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config {str(path)!r}: must be a YAML file; {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config {str(path)!r}: must be a YAML file; {' '.join(str(error).split())}") from error
+    names = [field.name for field in dataclasses.fields(Job)]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"config {str(path)!r}: must hold keys such as methods and length; it holds {content!r}")
+    for key in content:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(names)}"
+            raise ValueError(f"config {str(path)!r}: {key!r} is no key of a comparison; {hint}")
+    return Job(**content)
+
+
+def _schedules(methods: Any, factor: float) -> dict[str, FrequencySchedule]:
+    """Schedules by name: `yarn`, or with options `ntk:alpha=4`; or a mapping of names to options."""
+    if isinstance(methods, Mapping):
+        asked = {}
+        for name, options in methods.items():
+            if not isinstance(options, Mapping | None):
+                raise ValueError(f"methods with {name}: {options!r}: must be options such as {{factor: 2}}; pass them")
+            asked[str(name)] = dict(options or {})
+        return {name: _schedule(o.pop("method", name), o, factor) for name, o in asked.items() if name != TRUNCATED}
+    found = {}
+    for name in _listed("methods", methods, str):
+        method, *options = name.split(":")
+        given: dict[str, Any] = {}
+        for option in options:
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise ValueError(f"methods with {name!r}: must be a method and options such as ntk:alpha=4; pass those")
+            given[key] = yaml.safe_load(value)
+        if method != TRUNCATED or given:  # that row is always there
+            found[name] = _schedule(method, given, factor)
+    return found
+
+
+def _schedule(method: str, options: dict[str, Any], factor: float) -> FrequencySchedule:
+    if "factor" in accepted_options(method, options.get("inner")):
+        options = {"factor": factor} | options
+    return ropex.schedule(method, **options)
+
+
+def _listed(name: str, value: Any, kind: type) -> list[Any]:
+    """A list of a YAML file, or of a text with commas."""
+    parts = split(value, name) if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    try:
+        found = [kind(part) for part in parts]
+    except (TypeError, ValueError):
+        example = {int: "4096,8192", float: "0.1,0.9", str: "passkey,lines"}[kind]
+        raise ValueError(f"{name}={value!r}: must be a list such as {example}; pass one") from None
+    if len(set(found)) < len(found):
+        raise ValueError(f"{name}={value!r}: must not repeat one; remove the second one")
+    return found
+
+
+def _bins(bins: Any) -> int | list[int]:
+    try:
+        numbers = [int(part) for part in (str(bins).split(",") if not isinstance(bins, list) else bins)]
+    except (TypeError, ValueError):
+        raise ValueError(f"bins={bins!r}: must be a number or edges such as 0,2048,4096; pass integers") from None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"device={name!r}: must be a device of this machine; {first_line}") from None
+    return name
