@@ -23,6 +23,7 @@ from ropex.patching import (
     patch,
     unpatch,
 )
+from ropex.recommend import Recommendation, recommend
 from ropex.rotary import RotaryEmbedding
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling import FrequencySchedule, methods, schedule
@@ -37,6 +38,7 @@ __all__ = [
     "Inspection",
     "LayerKind",
     "Patch",
+    "Recommendation",
     "Request",
     "RopexCallback",
     "RotaryEmbedding",
@@ -52,6 +54,7 @@ __all__ = [
     "param_groups",
     "patch",
     "precision",
+    "recommend",
     "rotate",
     "scaling",
     "schedule",

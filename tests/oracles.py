@@ -8,6 +8,10 @@ from pathlib import Path
 import mpmath
 import torch
 import transformers
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 import ropex
@@ -190,3 +194,15 @@ def logits(model: torch.nn.Module, ids: torch.Tensor, **inputs: object) -> torch
 def cached(model: torch.nn.Module, cache: object) -> dict[str, object]:
     """A cache as an argument of a model's forward, or of generate."""
     return {cache_argument(model): cache}
+
+
+def byte_tokenizer(bos: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """A token for each byte of UTF-8, 256 for BOS, which it puts in front of every text if asked to."""
+    alphabet = sorted(ByteLevel.alphabet())
+    words = Tokenizer(BPE({character: i for i, character in enumerate(alphabet)}, []))
+    words.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.add_special_tokens([AddedToken("<s>", special=True)])
+    if bos:
+        words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")

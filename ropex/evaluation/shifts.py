@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ropex._checks import require_int
 from ropex.evaluation.documents import as_documents
 from ropex.evaluation.losses import Progress, evaluating, token_losses, vocabulary_size
-from ropex.patching import find_patch, patch
+from ropex.patching import Patch, find_patch, inspect, patch
 
 __all__ = ["ShiftDeviation", "shift_deviation"]
 
@@ -72,11 +72,12 @@ def shift_deviation(
     for shift in shifts:
         require_int("shift", shift, minimum=1, remedy="pass by how many tokens the text shall move")
     (document,) = as_documents(tokens, vocabulary_size(model))
+    scaled = inspect(model).scaling is not None
     total = len(WAYS) * (1 + len(shifts))
     found: list[ShiftDeviation] = []
     with evaluating(model):
         for done, (way, options) in enumerate(WAYS.items()):
-            with nullcontext() if options is None else patch(model, "none", on_scaled="keep", **options):
+            with nullcontext() if options is None else _exact(model, scaled, options):
                 losses = []
                 for shift in (0, *shifts):
                     losses.append(token_losses(model, document.tokens, shift=shift).double())
@@ -87,3 +88,8 @@ def shift_deviation(
                 rms = change.square().mean().sqrt().item()
                 found.append(ShiftDeviation(way, shift, moved.mean().item(), rms, change.max().item()))
     return found
+
+
+def _exact(model: nn.Module, scaled: bool, options: dict[str, Any]) -> Patch:
+    """The model with its own frequencies, at exact angles."""
+    return patch(model, on_scaled="keep", **options) if scaled else patch(model, "none", **options)

@@ -155,7 +155,8 @@ def patch(
 
     Args:
         model: a transformers model, or one that contains it; the outermost one at hand, whose config shall tell.
-        method: a name from `ropex.methods()`, or a schedule; `yarn` by default.
+        method: a name from `ropex.methods()`, or a schedule; `yarn` by default. `auto` takes the training-free method
+            that `ropex.recommend` says for `length=`, and within the trained length leaves the frequencies alone.
         factor: target length / pretraining length, >= 1. (For `dynamic_ntk`: its own factor; for `e2llm` also "auto".)
         length: the target length in tokens, instead of the factor.
         angles: `exact`; or `float32`, transformers' own arithmetic bit for bit.

@@ -19,12 +19,15 @@ from ropex.patching.module import PatchedRotary
 from ropex.patching.native import written
 from ropex.patching.probe import fresh_rotary, live_frequencies, makes_tables_of
 from ropex.patching.swap import Swap
+from ropex.recommend import recommend
 from ropex.rotary import RotaryEmbedding
+from ropex.rotation import Geometry
 from ropex.scaling import DynamicNTK, FrequencySchedule, LongRoPE, Unscaled, schedule_class, schedule_for
 
 __all__ = ["Plan", "Wish", "plan_for"]
 
 DEFAULT_METHOD = "yarn"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -188,10 +191,26 @@ def _schedule(name: str, kind: Kind, config: Any, wish: Wish) -> tuple[Frequency
         if wish.settings["on_scaled"] == "keep":
             return _kept(name, kind, config, wish)
     method = DEFAULT_METHOD if wish.method is None else wish.method
+    if method == AUTO:
+        schedule = _recommended(kind.geometry, wish)
+        return schedule, max(schedule.target_length(trained), wish.length or 0)
     schedule = schedule_for(method, trained, factor=wish.factor, length=wish.length, **wish.options)
     target = schedule.target_length(trained)
     require_int("target_length", target, minimum=1, remedy=f"mend {type(schedule).__name__}.target_length")
     return schedule, target
+
+
+def _recommended(geometry: Geometry, wish: Wish) -> FrequencySchedule:
+    """What `recommend` says of the length that was asked for."""
+    if wish.options:
+        option, value = next(iter(wish.options.items()))
+        raise ValueError(f'option {option}={value!r}: method "auto" chooses its own options; leave {option} out')
+    if wish.length is None or wish.factor is not None:
+        raise ValueError(
+            f'method "auto" with length={wish.length!r} and factor={wish.factor!r}: it needs the length and nothing '
+            "else; pass length= in tokens"
+        )
+    return recommend(geometry, wish.length).schedule
 
 
 def _kept(name: str, kind: Kind, config: Any, wish: Wish) -> tuple[FrequencySchedule, int]:
@@ -200,7 +219,7 @@ def _kept(name: str, kind: Kind, config: Any, wish: Wish) -> tuple[FrequencySche
     reaches = wish.factor is not None or wish.length is not None
     if isinstance(method, type(own)) and not reaches:  # as a file says it
         return method, int(config.max_position_embeddings) if method == own else method.target_length(trained)
-    named = isinstance(method, str) and schedule_class(method) is type(own)
+    named = isinstance(method, str) and method != AUTO and schedule_class(method) is type(own)
     if not (method is None or named) or wish.options:
         raise ValueError(
             f'method={method!r} with on_scaled="keep": {name} keeps its own scaling, {own!r}, which factor= or length= '
