@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import ropex
 from ropex.cli import app
 from ropex.evaluation import loading
-from tests.oracles import VOCABULARY, tiny_model
+from tests.oracles import VOCABULARY, byte_tokenizer, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
     tiny_model("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def byte_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a token per byte."""
+    folder = tmp_path_factory.mktemp("models") / "bytes"
+    byte_tokenizer(bos=True).save_pretrained(folder)
+    tiny_model("llama", vocab_size=260).save_pretrained(folder)
     return folder
 
 
@@ -56,20 +65,208 @@ def test_perplexity(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     written = json.loads((out / "perplexity.json").read_text())
-    assert written["protocol"] == "binned"
-    assert (written["model"], written["text"], written["tokens"]) == ("tiny-llama", "words.txt", 600)
-    assert written["bins"] == [[0, 100], [100, 512], [512, 600]]
-    assert list(written["results"]) == ["none", "pi", "yarn", "dynamic_ntk"]
-    for measured in written["results"].values():
+    numbers = written["perplexity"]
+    assert numbers["protocol"] == "binned"
+    assert (written["model"], numbers["text"], numbers["tokens"]) == ("tiny-llama", "words.txt", [600])
+    assert numbers["bins"] == [[0, 100], [100, 512], [512, 600]]
+    assert list(numbers["results"]) == ["none", "pi", "yarn", "dynamic_ntk", "truncated"]
+    for measured in numbers["results"].values():
         assert len(measured["nll"]) == len(measured["perplexity"]) == 3
         assert measured["seconds"] > 0
-    assert written["results"]["pi"]["schedule"] == {"method": "linear", "options": {"factor": 2.0}}
-    assert written["results"]["none"]["nll"] != written["results"]["yarn"]["nll"]
+    assert written["methods"]["pi"] == {"method": "linear", "options": {"factor": 2.0}}
+    assert numbers["results"]["none"]["nll"] != numbers["results"]["yarn"]["nll"]
     assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in out.iterdir()) == ["perplexity.json", "perplexity.png"]
-    for cell in ("512-600", "dynamic_ntk", f"{written['results']['yarn']['nll'][2]:.3f}", "trained at 512 tokens"):
+    assert sorted(path.name for path in out.iterdir()) == ["cells.json", "perplexity.json", "perplexity.png"]
+    for cell in ("512-600", "dynamic_ntk", f"{numbers['results']['yarn']['nll'][2]:.3f}", "trained at 512 tokens"):
         assert cell in result.stdout
-    assert "all methods" in result.stderr
+    assert "perplexity, truncated" in result.stderr
+
+
+def test_a_folder_of_an_earlier_run_goes_on(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """More methods in the same folder: what is finished is not measured again."""
+    common = ("perplexity", "--model", model_dir, "--text", text_file, "--length", 60, "--bins", 2, "--out", tmp_path)
+    assert run(*common, "--methods", "none").exit_code == 0
+    first = json.loads((tmp_path / "perplexity.json").read_text())["perplexity"]["results"]
+    assert run(*common, "--methods", "none,yarn").exit_code == 0
+    second = json.loads((tmp_path / "perplexity.json").read_text())["perplexity"]["results"]
+    assert list(second) == ["none", "yarn", "truncated"]
+    assert second["none"] == first["none"], "seconds included"
+
+
+def test_protocols_and_documents(model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    (folder / ".hidden").write_text("w3 " * 400)
+    for name in ("b.txt", "a.txt", "more/c.txt"):
+        (folder / name).write_text(" ".join(f"w{3 + (len(name) * i * i) % 120}" for i in range(250)))
+    result = run(
+        *(
+            "perplexity",
+            "--model",
+            model_dir,
+            "--text",
+            folder,
+            "--length",
+            100,
+            "--documents",
+            4,
+            "--bins",
+            "0,50,100",
+        ),
+        *("--protocol", "press", "--stride", 25, "--methods", "ntk:alpha=3:factor=2", "--out", tmp_path / "out"),
+        *("--bins", "0,50,100"),
+    )
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "out" / "perplexity.json").read_text())
+    numbers = written["perplexity"]
+    assert (numbers["protocol"], numbers["stride"], numbers["text"]) == ("press", 25, "texts")
+    assert numbers["documents"] == [f"{name}, tokens 0-100" for name in ("a.txt", "b.txt", "more/c.txt")] + [
+        "a.txt, tokens 100-200"
+    ]
+    assert written["methods"]["ntk:alpha=3:factor=2"]["options"] == {"alpha": 3, "factor": 2}
+    assert numbers["results"]["truncated"]["interval"] is not None
+
+
+def test_a_data_set(model_dir: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [" ".join(f"w{3 + (k * i) % 120}" for i in range(120)) for k in (3, 7)]
+    (data / "test.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in ["", *rows]))
+    common = ("perplexity", "--model", model_dir, "--dataset", data, "--length", 100, "--methods", "none")
+    result = run(*common, "--column", "body", "--documents", 5, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    numbers = json.loads((tmp_path / "out" / "perplexity.json").read_text())["perplexity"]
+    assert numbers["documents"] == ["row 1, tokens 0-100", "row 2, tokens 0-100"]
+    assert numbers["text"] == "data test"
+    result = run(*common, "--out", tmp_path / "other")
+    assert result.exit_code == 2
+    assert "cannot be loaded: it has the columns body, not text" in result.stderr
+    result = run(*common, "--split", "train")
+    assert result.exit_code == 2
+    assert "split 'train' cannot be loaded" in result.stderr
+
+
+def test_retrieval(byte_dir: Path, tmp_path: Path) -> None:
+    result = run(
+        *(
+            "retrieval",
+            "passkey,many_shot",
+            "--model",
+            byte_dir,
+            "--methods",
+            "none,dynamic_ntk",
+            "--lengths",
+            "250,600",
+        ),
+        *("--depths", "0.2,0.8", "--samples", 2, "--out", tmp_path),
+    )
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "retrieval.json").read_text())["retrieval"]
+    assert (written["lengths"], written["depths"], written["samples"]) == ([250, 600], [0.2, 0.8], 2)
+    assert list(written["results"]) == ["passkey", "many_shot"]
+    assert list(written["results"]["passkey"]) == ["none", "dynamic_ntk", "truncated"]
+    assert len(written["results"]["passkey"]["none"]) == 8
+    for file in ("passkey.png", "many_shot.png"):
+        assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "retrieval.csv").read_text().splitlines()
+    assert lines[0] == "method,task,length,depth,number,logprob,margin,chosen,exact,chance"
+    assert len(lines) == 1 + 2 * 3 * 8
+    mean = sum(record["logprob"] for record in written["results"]["passkey"]["none"] if record["length"] == 600) / 4
+    assert f"{mean:.1f}" in result.stdout
+
+
+def test_compare_by_a_file_and_by_flags(byte_dir: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("over the hills and far away, " * 60)
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"model: {byte_dir}\ntext: {text}\nlength: 300\nbins: [0, 100, 300]\n"
+        "methods:\n  none:\n  twice: {method: ntk, factor: 2, alpha: 4}\n"
+        "tasks: passkey\nlengths: [300]\ndepths: [0.5]\n"
+    )
+    result = run("compare", config, "--out", tmp_path / "file")
+    assert result.exit_code == 0, result.output
+    flags = ("--model", byte_dir, "--text", text, "--length", 300, "--bins", "0,100,300", "--tasks", "passkey")
+    result = run(
+        *("compare", *flags, "--lengths", 300, "--depths", 0.5, "--methods", "none,ntk:factor=2:alpha=4"),
+        *("--out", tmp_path / "flags"),
+    )
+    assert result.exit_code == 0, result.output
+    by_file, by_flags = (json.loads((tmp_path / out / "compare.json").read_text()) for out in ("file", "flags"))
+    assert list(by_file["methods"].values()) == list(by_flags["methods"].values())
+    for name, other in (("none", "none"), ("twice", "ntk:factor=2:alpha=4")):
+        assert by_file["perplexity"]["results"][name]["nll"] == by_flags["perplexity"]["results"][other]["nll"]
+        mine, theirs = (each["retrieval"]["results"]["passkey"] for each in (by_file, by_flags))
+        assert mine[name] == theirs[other]
+    result = run("compare", *flags, "--length", 0, "--lengths", 300, "--depths", 0.5, "--out", tmp_path / "tasks")
+    assert result.exit_code == 0, result.output
+    assert "perplexity" not in json.loads((tmp_path / "tasks" / "compare.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ("lenght: 5", [], "'lenght' is no key of a comparison; did you mean length?"),
+        ("[1, 2]", [], "must hold keys such as methods and length"),
+        ("a: [", [], "must be a YAML file; while parsing"),
+        ("methods: {a: {method: nope}}", [], "method='nope': must be one of"),
+        ("methods: {yarn: 3}", [], "must be options such as {factor: 2}"),
+        ("tasks: nope\nlengths: 300", [], "task='nope': must be one of"),
+        ("tasks: passkey", [], "tasks without lengths: must have both"),
+        ("lengths: [a]", [], "lengths=['a']: must be a list such as 4096,8192"),
+        ("length: null", [], "length=null without tasks: must measure something"),
+        ("text: a\ndataset: b", [], "text='a' and dataset='b': must be one of them"),
+        ("protocol: x", [], "protocol='x': must be one of"),
+        ("dtype: int8", [], "dtype='int8': must be one of"),
+        ("samples: 0", [], "samples=0: must be an int >= 1"),
+        ("length: 300", ["--methods", "yarn"], "--methods yarn beside"),
+        (None, [], "must be a YAML file; No such file"),
+    ],
+)
+def test_bad_comparisons(content: str | None, arguments: list[str], message: str, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    if content is not None:
+        config.write_text(content)
+    result = run("compare", config, *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert " ".join(message.split()) in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pass_key"], "task='pass_key': must be one of"),
+        (["passkey", "--lengths", "60"], "length=60: too short for the task passkey"),
+        (["passkey", "--depths", "0.5,x"], "depths='0.5,x': must be a list such as 0.1,0.9"),
+        (["passkey", "--depths", "2"], "depth=2.0: must be a finite number >= 0 and <= 1"),
+        (["passkey", "--lengths", "300,300"], "lengths='300,300': must not repeat a length"),
+        (["passkey", "--methods", "ntk:alpha"], "must be a method and options such as ntk:alpha=4"),
+    ],
+)
+def test_bad_retrieval(arguments: list[str], message: str, byte_dir: Path, tmp_path: Path) -> None:
+    result = run("retrieval", *arguments, "--model", byte_dir, "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert " ".join(message.split()) in " ".join(result.stderr.split())
+
+
+def test_probe(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    result = run(
+        *("probe", "--model", model_dir, "--text", text_file, "--length", 100, "--shifts", "16,100000"),
+        *("--dtype", "float32", "--out", tmp_path),
+    )
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "probe.json").read_text())
+    assert [(row["way"], row["shift"]) for row in written["rows"][:2]] == [
+        ("transformers", 16),
+        ("transformers", 100000),
+    ]
+    assert written["angles"]["100000"]["exact"] < 1e-7 < written["angles"]["100000"]["float32"]
+    assert "exact angles, float32 attention" in result.stdout
+    for shifts in ("", "a,b", "-5"):
+        result = run("probe", "--model", model_dir, "--text", text_file, "--shifts", shifts)
+        assert result.exit_code == 2
+        assert "must be tokens such as 16,4096; pass whole numbers" in result.stderr
 
 
 def test_a_new_folder_by_default(
@@ -100,8 +297,11 @@ def test_dtype(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
         (["--factor", "0.5"], "factor=0.5: must be a finite number >= 1"),
         (["--factor", "nan"], "factor=nan: must be a finite number >= 1"),
         (["--factor", "abc"], "Invalid value for '--factor'"),
-        (["--length", "801"], "length=801: the text words.txt has only 800 tokens; pass a longer text or --length"),
-        (["--length", "1"], "length=1: must be >= 2 tokens"),
+        (
+            ["--length", "801"],
+            "words.txt: length=801: the longest text has only 800 tokens; pass a longer text",
+        ),
+        (["--length", "1"], "length=1: must be an int >= 2"),
         (["--bins", "x"], "bins='x': must be a number or edges such as"),
         (["--bins", "0"], "bins=0: must be an int >= 1"),
         (["--bins", "0,5,900"], "bins=[0, 5, 900]: must be increasing edges within 0 .. 600"),
@@ -113,7 +313,10 @@ def test_dtype(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
         (["--text", "/no/such/file"], "text '/no/such/file': must be a readable text file; No such file"),
         (["--text", "{empty}"], "must not be empty; pass a file with text in it"),
         (["--text", "{binary}"], "must be UTF-8 text"),
-        (["--text", "{empty_dir}"], "must be a readable text file; Is a directory"),
+        (["--text", "{empty_dir}"], "must hold text files; pass a directory that does, or a file"),
+        (["--stride", "0"], "stride=0: must be an int >= 1"),
+        (["--documents", "0"], "documents=0: must be an int >= 1"),
+        (["--protocol", "sliding"], "Invalid value for '--protocol'"),
         (["--device", "warp"], "device='warp': must be a device of this machine"),
         (["--out", "{text}"], "must be a folder that can be made"),
         (["--dtype", "int8"], "Invalid value for '--dtype'"),
@@ -287,8 +490,8 @@ def test_the_main_job_on_the_default_model(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "ropex", "perplexity", "--length", "300", "--bins", "3", "--out", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
-        result = json.loads((out / "perplexity.json").read_text())
-        assert list(result["results"]) == ["none", "linear", "ntk", "yarn"]
+        result = json.loads((out / "perplexity.json").read_text())["perplexity"]
+        assert list(result["results"]) == ["none", "linear", "ntk", "yarn", "truncated"]
         # SmolLM2 reads English: unscaled, far below the 49,152 of a guess; and linear factor 2 blurs short text.
         nll = {method: measured["nll"] for method, measured in result["results"].items()}
         assert max(nll["none"]) < 4

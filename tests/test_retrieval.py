@@ -132,7 +132,9 @@ def test_a_sample_has_exactly_its_length(task: str, bos: bool) -> None:
     for length in (LENGTH, 2 * LENGTH + 7):
         for sample in tasks()[task].samples(tokenizer, length, DEPTHS, seed=1):
             longest = max(
-                sum(map(len, encode_pair(tokenizer, question.prompt, question.answer))) for question in sample.questions
+                sum(map(len, encode_pair(tokenizer, question.prompt, answer)))
+                for question in sample.questions
+                for answer in (question.answer, *question.distractors)
             )
             assert len(sample.context) + longest == length == sample.length
             assert (int(sample.context[0]) == tokenizer.bos_token_id) == bos

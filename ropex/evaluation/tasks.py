@@ -24,7 +24,7 @@ class Sample:
 
     Attributes:
         task: the task's name.
-        length: of the text, the longest prompt and its answer together, in tokens.
+        length: of the text, the longest prompt and its longest answer, right or wrong, together, in tokens.
         context: the text's ids, int64 [n], with BOS where the tokenizer puts it.
         text: what they say.
         questions: all on this text, one for each depth.
@@ -80,7 +80,8 @@ class Task:
 
         Args:
             tokenizer: of transformers.
-            length: tokens of the text, the prompt and the answer together: exact for the longest question.
+            length: tokens of the text, the prompt and the answer together: exact for the longest question and its
+                longest answer, right or wrong.
             depths: from 0, the text's beginning, to 1. (`first_sentence` has depth 0 alone.)
             number: which sample.
             seed: of all samples.
@@ -124,7 +125,7 @@ def _sample(name: str, draft: Draft, tokenizer: Any, length: int) -> Sample:
     bos = bos_of(tokenizer)
     head = ([] if bos is None else [bos]) + ids(draft.header)
     facts = [(depth, ids(text)) for depth, text in sorted(draft.facts, key=lambda fact: fact[0])]
-    asked = max(len(ids(question.prompt + question.answer)) for question in draft.questions)
+    asked = max(len(ids(each.prompt + last)) for each in draft.questions for last in (each.answer, *each.distractors))
     room = length - len(head) - sum(len(fact) for _, fact in facts) - asked
     if room < 1:
         raise ValueError(
