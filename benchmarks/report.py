@@ -18,6 +18,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 README = Path(__file__).parents[1] / "README.md"
 NUMERICS = PAGE.with_name("numerics.md")
 FAMILIES = PAGE.with_name("families.md")
+CHOOSING = PAGE.with_name("choosing.md")
+EVALUATION = PAGE.with_name("evaluation.md")
+README_METHODS = ("none", "truncated", "linear", "ntk, alpha 2", "ntk, alpha 4", "dynamic_ntk", "yarn")
 END = "<!-- end -->"
 
 
@@ -44,35 +47,128 @@ def spread(summary: dict[str, float], digits: int) -> str:
     return f"{median} ({low}-{high})"
 
 
-def perplexity_table() -> str:
-    result = load("perplexity.json")
-    methods = list(result["differences"])
+def perplexity_rows(result: dict[str, Any], methods: list[str]) -> str:
+    measured = result["perplexity"]
     rows = [
-        [f"{start}-{end}", *(f"{result['results'][m]['perplexity'][i]:.2f}" for m in methods)]
-        for i, (start, end) in enumerate(result["bins"])
+        [f"{start:,}-{end:,}", *(f"{measured['results'][m]['perplexity'][i]:.2f}" for m in methods)]
+        for i, (start, end) in enumerate(measured["bins"])
     ]
     return table(["positions", *methods], rows)
 
 
+def perplexity_table() -> str:
+    """A choice of the methods, for the README."""
+    return perplexity_rows(load("perplexity.json"), list(README_METHODS))
+
+
 def perplexity() -> str:
+    parts = []
+    for name in ("perplexity.json", "perplexity_1.5.json"):
+        result = load(name)
+        measured = result["perplexity"]
+        methods = list(measured["results"])
+        gains = [f"{measured['results'][m]['gain'][-1][0]:+.3f}" for m in methods]
+        option = "" if result["factor"] == 2 else f" --factor {result['factor']:g}"
+        parts.append(
+            f"""Factor {result["factor"]:g}:
+
+{perplexity_rows(result, methods)}
+| last row, gain over truncated (nats) | {" | ".join(gains)} |
+
+![perplexity against position](../benchmarks/results/{name.replace(".json", ".png")})
+
+`python -m benchmarks.perplexity{option}` ([JSON](../benchmarks/results/{name})). {environment(result)}
+"""
+        )
     result = load("perplexity.json")
-    largest = ", ".join(f"{method} {difference:.1e}" for method, difference in result["differences"].items())
-    trained = result["results"]["transformers yarn"]["rope_parameters"]["original_max_position_embeddings"]
+    measured = result["perplexity"]
     return f"""## Perplexity against position
 
-{result["model"]}, trained at {trained} tokens; {result["tokens"]} tokens of `{result["text"]}`;
-protocol `{result["protocol"]}`: one pass per method, mean over the tokens of each bin. Factor 2 where the method takes
-one. No method was trained. There is no row yet for the unpatched model that sees the last {trained} tokens only, which
-a gain must be held against: perplexity alone does not show that added context is used.
+{result["model"]}, trained at {result["trained_length"]:,} tokens, on {len(measured["documents"])} document of
+`{measured["text"]}`; protocol `{measured["protocol"]}`. No method was trained. `truncated` is the unpatched model
+that sees the last {result["trained_length"]:,} tokens only: what does not fall below it gains nothing from the added
+context, as far as perplexity tells. Methods that depend on the length are run once for each row.
 
-{perplexity_table()}
+{chr(10).join(parts)}"""
 
-![perplexity against position](../benchmarks/results/perplexity.png)
 
-The same methods by transformers' own implementation, on the same tokens: the largest relative difference in the
-perplexity of any bin is {largest}.
+def parity() -> str:
+    result = load("parity.json")
+    largest = ", ".join(f"{method} {difference:.1e}" for method, difference in result["differences"].items())
+    return f"""## Beside transformers' own methods
 
-`python -m benchmarks.perplexity` ([JSON](../benchmarks/results/perplexity.json)). {environment(result)}
+The same model, {result["tokens"]:,} tokens, factor 2: the largest relative difference between ropex and transformers in
+the perplexity of any bin is {largest}.
+
+`python -m benchmarks.parity` ([JSON](../benchmarks/results/parity.json)). {environment(result)}
+"""
+
+
+def retrieval_row(part: dict[str, Any], method: str, length: int) -> list[str]:
+    """For each task the mean log-probability of the answer, and the share that greedy decoding gives."""
+    cells = []
+    for task, measured in part["tasks"].items():
+        records = [record for record in measured["results"][task][method] if record["length"] == length]
+        logprob, exact = (sum(record[key] for record in records) / len(records) for key in ("logprob", "exact"))
+        cells.append(f"{logprob:.1f} ({100 * exact:.0f} %)")
+    return cells
+
+
+def retrieval_table(factor: str) -> str:
+    """Methods by tasks; in the first row the unpatched model at its trained length."""
+    result = load("retrieval.json")
+    within, part = result["parts"]["within"], result["parts"][factor]
+    trained, length = within["lengths"][-1], part["lengths"][-1]
+    task, measured = next(iter(part["tasks"].items()))
+    methods = list(measured["results"][task])
+    rows = [[f"none, at {trained:,} tokens", *retrieval_row(within, "none", trained)]]
+    rows += [[method, *retrieval_row(part, method, length)] for method in methods]
+    return table([f"at {length:,} tokens", *part["tasks"]], rows)
+
+
+def retrieval() -> str:
+    result = load("retrieval.json")
+    parts = {factor: part for factor, part in result["parts"].items() if factor != "within"}
+    same = ", ".join(
+        f"{name} is {other} at factor {factor}"
+        for factor, part in parts.items()
+        for name, other in part["same"].items()
+    )
+    first = next(iter(parts.values()))
+    asked = ", ".join(f"{len(measured['depths'])} of `{task}`" for task, measured in first["tasks"].items())
+    samples = next(iter(first["tasks"].values()))["samples"]
+    tables = "\n\n".join(f"Factor {factor}:\n\n{retrieval_table(factor)}" for factor in parts)
+    return f"""## Retrieval
+
+{result["model"]}. Mean log-probability of the answer in nats, and the share of answers that greedy decoding gives word
+for word; {samples} text of each length, with these questions: {asked}. An answer of five digits drawn at random would
+have -11.5. {same}.
+
+{tables}
+
+`python -m benchmarks.retrieval` ([JSON](../benchmarks/results/retrieval.json)). {environment(result)}
+"""
+
+
+def protocols() -> str:
+    result = load("protocols.json")
+    names = list(result["results"])
+    ends = [end for _, end in result["results"]["binned"]["bins"]]
+    rows = [
+        [f"{end:,}", *(f"{result['results'][name]['perplexity'][i]:.2f}" for name in names)]
+        for i, end in enumerate(ends)
+    ]
+    rows.append(["tokens read", *(f"{result['results'][name]['processed']:,}" for name in names)])
+    first = result["results"]["press"]["seconds"]
+    rows.append(["time / press", *(f"{result['results'][name]['seconds'] / first:.3f}" for name in names)])
+    return f"""{result["model"]}, unpatched, one document of {result["tokens"]:,} tokens, stride {result["stride"]:,}; a
+row is a length, of `binned` the bin that ends there:
+
+{table(["up to", *names], rows)}
+
+At its peak `binned` over {result["memory"]["tokens"]:,} tokens adds {result["memory"]["mib"]:,} MiB to the loaded model.
+
+`python -m benchmarks.protocols` ([JSON](../benchmarks/results/protocols.json)). {environment(result)}
 """
 
 
@@ -321,7 +417,7 @@ In a training step of {result["training"]["model"]} on {result["training"]["toke
 def page() -> str:
     head = "# Results\n\nMade from the JSON in `benchmarks/results` by `python -m benchmarks.report`.\n"
     rotation = "## What a rotation costs\n\n" + speed()
-    return "\n".join((head, perplexity(), rotation, patch_overhead(), clex_cost()))
+    return "\n".join((head, perplexity(), retrieval(), parity(), rotation, patch_overhead(), clex_cost()))
 
 
 def filled(path: Path, **tables: str) -> str:
@@ -340,6 +436,8 @@ def pages() -> dict[Path, str]:
     return {
         PAGE: page(),
         README: filled(README, perplexity=perplexity_table(), versions=versions_table()),
+        CHOOSING: filled(CHOOSING, retrieval=retrieval_table("2")),
+        EVALUATION: filled(EVALUATION, protocols=protocols()),
         NUMERICS: filled(
             NUMERICS,
             angles=angles_table(),

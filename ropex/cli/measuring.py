@@ -383,7 +383,7 @@ def _retrieval_table(measured: dict[str, dict[str, RetrievalResult]], trained_le
             ]
             table.add_row(task, f"{length:,}", *cells)
         short = [exact[TRUNCATED][length] for length in lengths if length <= trained_length // 2]
-        if short and max(short) > 0:
+        if short and short[-1] > 0:
             threshold = 0.8 * short[-1]
             reached = (effective_length(exact[name], threshold) for name in methods)
             cells = [f"{length:,}" if length else "none" for length in reached]
