@@ -161,8 +161,8 @@ def protocols() -> str:
     rows.append(["tokens read", *(f"{result['results'][name]['processed']:,}" for name in names)])
     first = result["results"]["press"]["seconds"]
     rows.append(["time / press", *(f"{result['results'][name]['seconds'] / first:.3f}" for name in names)])
-    return f"""{result["model"]}, unpatched, one document of {result["tokens"]:,} tokens, stride {result["stride"]:,}; a
-row is a length, of `binned` the bin that ends there:
+    return f"""{result["model"]}, not patched, one document of {result["tokens"]:,} tokens,
+stride {result["stride"]:,}; a row is a length, of `binned` the bin that ends there:
 
 {table(["up to", *names], rows)}
 
@@ -435,7 +435,9 @@ def pages() -> dict[Path, str]:
     """What the pages with results must say."""
     return {
         PAGE: page(),
-        README: filled(README, perplexity=perplexity_table(), versions=versions_table()),
+        README: filled(
+            README, perplexity=perplexity_table(), retrieval=retrieval_table("2"), versions=versions_table()
+        ),
         CHOOSING: filled(CHOOSING, retrieval=retrieval_table("2")),
         EVALUATION: filled(EVALUATION, protocols=protocols()),
         NUMERICS: filled(
