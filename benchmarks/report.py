@@ -166,7 +166,8 @@ stride {result["stride"]:,}; a row is a length, of `binned` the bin that ends th
 
 {table(["up to", *names], rows)}
 
-At its peak `binned` over {result["memory"]["tokens"]:,} tokens adds {result["memory"]["mib"]:,} MiB to the loaded model.
+At its peak `binned` over {result["memory"]["tokens"]:,} tokens adds {result["memory"]["mib"]:,} MiB to the loaded
+model.
 
 `python -m benchmarks.protocols` ([JSON](../benchmarks/results/protocols.json)). {environment(result)}
 """
