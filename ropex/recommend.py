@@ -45,6 +45,8 @@ def recommend(geometry: Geometry, length: int) -> Recommendation:
         >>> recommend(Geometry(dim=64, base=100_000.0, trained_length=8192), 16384).schedule
         NTKAware(factor=2.0, alpha=4.0)
     """
+    if not isinstance(geometry, Geometry):
+        raise ValueError(f"geometry of the type {type(geometry).__name__}: must be one; pass inspect(model).geometry")
     require_int("length", length, minimum=1, remedy="pass the target length in tokens")
     trained = geometry.trained_length
     if length <= trained:

@@ -214,12 +214,22 @@ def test_compare_by_a_file_and_by_flags(byte_dir: Path, tmp_path: Path) -> None:
         ("tasks: nope\nlengths: 300", [], "task='nope': must be one of"),
         ("tasks: passkey", [], "tasks without lengths: must have both"),
         ("lengths: [a]", [], "lengths=['a']: must be a list such as 4096,8192"),
-        ("length: null", [], "length=null without tasks: must measure something"),
+        ("length: null", [], "length=0 without tasks: must measure something"),
+        ("length: 0", [], "length=0 without tasks: must measure something"),
+        ("lengths: [300.5]", [], "lengths=[300.5]: must be a list such as 4096,8192"),
+        ("bins: [0, 10.5]", [], "bins=[0, 10.5]: must be a number or edges"),
+        ("model: 5", [], "model=5: must be a text; write it in quotes"),
+        ("tasks: null\nlength: 0", [], "length=0 without tasks"),
+        ("methods: {truncated: {factor: 4}}", [], "it is the row of the unpatched model, which is always there"),
+        ("tasks: passkey\nlengths: 300\ndepths: 5", [], "depth=5.0: must be a finite number >= 0 and <= 1"),
+        ("protocol: press\nbins: [0, 128, 12288]", [], "stride=256: must be <= the shortest length, 128"),
+        ("on_scaled: x", [], "on_scaled='x': must be one of"),
         ("text: a\ndataset: b", [], "text='a' and dataset='b': must be one of them"),
         ("protocol: x", [], "protocol='x': must be one of"),
         ("dtype: int8", [], "dtype='int8': must be one of"),
         ("samples: 0", [], "samples=0: must be an int >= 1"),
         ("length: 300", ["--methods", "yarn"], "--methods yarn beside"),
+        ("factor: 4", ["--factor", "2.0"], "--factor 2.0 beside"),
         (None, [], "must be a YAML file; No such file"),
     ],
 )
@@ -242,6 +252,8 @@ def test_bad_comparisons(content: str | None, arguments: list[str], message: str
         (["passkey", "--depths", "2"], "depth=2.0: must be a finite number >= 0 and <= 1"),
         (["passkey", "--lengths", "300,300"], "lengths='300,300': must not repeat a length"),
         (["passkey", "--methods", "ntk:alpha"], "must be a method and options such as ntk:alpha=4"),
+        (["passkey", "--methods", "ntk:alpha=[1"], "'[1' is no value; pass one such as 4 or true"),
+        (["passkey", "--methods", "none,truncated"], "for the method of this name give its options"),
     ],
 )
 def test_bad_retrieval(arguments: list[str], message: str, byte_dir: Path, tmp_path: Path) -> None:
@@ -263,7 +275,7 @@ def test_probe(model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     ]
     assert written["angles"]["100000"]["exact"] < 1e-7 < written["angles"]["100000"]["float32"]
     assert "exact angles, float32 attention" in result.stdout
-    for shifts in ("", "a,b", "-5"):
+    for shifts in ("", "a,b", "-5", "16,,32"):
         result = run("probe", "--model", model_dir, "--text", text_file, "--shifts", shifts)
         assert result.exit_code == 2
         assert "must be tokens such as 16,4096; pass whole numbers" in result.stderr

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import ropex
 from ropex.evaluation import (
+    Document,
     compare_methods,
     effective_length,
     fit_loss_curve,
@@ -25,7 +27,7 @@ from ropex.evaluation import (
 )
 from ropex.evaluation.plots import plot_perplexity
 from ropex.evaluation.results import Cells, write_json
-from tests.oracles import TRAINED_LENGTH, VOCABULARY, byte_tokenizer, tiny_model, tiny_tokens
+from tests.oracles import TRAINED_LENGTH, VOCABULARY, byte_tokenizer, scaled_config, tiny_model, tiny_tokens
 
 TOKENS = tiny_tokens(700)[0]
 EDGES = (0, 64, 256, 512, 700)
@@ -106,9 +108,51 @@ def test_a_finished_cell_is_never_measured_again(tmp_path: Path, monkeypatch: py
     assert len(calls) == 5, "yarn on the first document, all four on the second"
     with pytest.raises(ValueError, match=r"holds parts of another measurement \(model '.*', now '.*'\); pass another"):
         compare_methods(tiny_model("llama", seed=1), SCHEDULES, documents=[TOKENS], bins=EDGES, cells=cells)
+    other_base = tiny_model("llama", rope_theta=123_456.0)
+    other_base.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match=r"holds parts of another measurement"):
+        compare_methods(other_base, SCHEDULES, documents=[TOKENS], bins=EDGES, cells=cells)
     cells.write_text("{")
     with pytest.raises(ValueError, match=r"must hold the finished parts of a measurement; remove it or pass another"):
         compare_methods(model, SCHEDULES, documents=[TOKENS], bins=EDGES, cells=cells)
+
+
+def test_what_changes_the_numbers_is_measured_again(tmp_path: Path) -> None:
+    """Other bytes, another BOS, another tokenizer: other cells."""
+    model, tokens = tiny_model("llama", vocab_size=260), TOKENS.clone()
+    tokens[0] = 1
+    options: dict[str, Any] = {"cells": tmp_path / "cells.json"}
+    documents = (
+        Document(tokens),
+        Document(tokens, bytes=torch.ones_like(tokens)),
+        Document(tokens, bos=1),
+    )
+    press: dict[str, Any] = {"protocol": "press", "bins": (0, 300), "stride": 200}
+    found = [compare_methods(model, SCHEDULES, documents=[each], **press, **options) for each in documents]
+    numbers = [each["perplexity"]["results"]["none"] for each in found]
+    assert numbers[0]["bits_per_byte"] is None
+    assert numbers[1]["bits_per_byte"] is not None
+    assert numbers[2]["nll"] != numbers[0]["nll"]
+    asked: dict[str, Any] = {"tasks": ["passkey"], "lengths": [600], "depths": [0.5]}
+    with_and_without = [
+        compare_methods(model, SCHEDULES, tokenizer=byte_tokenizer(bos), **asked, **options)["retrieval"]["results"]
+        for bos in (False, True)
+    ]
+    first, second = (each["passkey"]["none"][0]["logprob"] for each in with_and_without)
+    assert first != second
+
+
+def test_a_model_that_carries_a_scaling() -> None:
+    """Its own scaling, dynamic too, is what the truncated row has; methods replace it if asked to."""
+    config = scaled_config("llama", rope_type="dynamic", factor=4.0)
+    config.vocab_size = 260
+    model = AutoModelForCausalLM.from_config(config).eval()
+    asked: dict[str, Any] = {"tasks": ["passkey"], "lengths": [600], "depths": [0.5], "tokenizer": byte_tokenizer()}
+    with pytest.raises(ValueError, match=r"already carries a scaling of the type \"dynamic\""):
+        compare_methods(model, SCHEDULES, **asked)
+    result = compare_methods(model, SCHEDULES, on_scaled="replace", **asked)
+    assert set(result["retrieval"]["results"]["passkey"]) == {"none", "pi", "truncated"}
+    assert not ropex.inspect(model).patched
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_numbers(tmp_path: Path) -> None:
@@ -179,6 +223,11 @@ def test_a_result_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest
         ({"tasks": ["passkey"]}, r"tasks without a tokenizer and lengths: must have both"),
         ({"documents": [TOKENS], "schedules": {"truncated": ropex.schedule("none")}}, r"the name 'truncated': it is"),
         ({"tasks": ["x"], "tokenizer": 1, "lengths": [9]}, r"task='x': must be one of"),
+        ({"documents": [TOKENS], "samples": 0}, r"samples=0: must be an int >= 1"),
+        (
+            {"documents": [TOKENS], "tasks": ["passkey"], "tokenizer": byte_tokenizer(), "lengths": [90]},
+            r"length=90: too short for the task passkey",
+        ),
     ],
 )
 def test_bad_comparisons(options: dict[str, Any], message: str) -> None:
@@ -254,6 +303,12 @@ def test_the_loss_curve_is_the_best_one() -> None:
         ([1, 2, 3, 4], [1, 2, 3, 4], r"must fall for a power law"),
         ([0, 2, 3, 4], [4, 3, 2, 1], r"length=0: must be a finite number > 0"),
         ([1, 2, 3, 4], [4, 3, 2, math.inf], r"loss=inf: must be a finite number"),
+        (
+            [1024, 2048, 3072, 4096],
+            [3.0, 2.9, 2.8, 2.75],
+            r"an exponent of 0\.01 or beyond: no power law fits them best",
+        ),
+        ([1024, 2048, 4096, 8192], [3.0, 2.9, 2.8, 2.7], r"an exponent of 0\.01 or beyond: no power law fits them"),
     ],
 )
 def test_bad_curves(lengths: list[float], losses: list[float], message: str) -> None:
@@ -280,6 +335,8 @@ def test_exact_angles_hold_a_text_that_moves() -> None:
         shift_deviation(model, TOKENS[:200])
     with pytest.raises(ValueError, match=r"shift=0: must be an int >= 1"):
         shift_deviation(model, TOKENS[:200], [0])
+    with pytest.raises(ValueError, match=r"tokens of 2 documents: must be of one"):
+        shift_deviation(model, [TOKENS, TOKENS])
     with pytest.raises(ValueError, match=r"shifts=\[\]: must hold at least one"):
         shift_deviation(model, TOKENS[:200], [])
     assert model.config.vocab_size == VOCABULARY

@@ -187,6 +187,7 @@ def test_documents() -> None:
         ("w1 w2 w3", {"length": 9}, r"length=9: the longest text has only 3 tokens; pass a longer text"),
         ("w1 w2 w3", {"length": 1}, r"length=1: must be an int >= 2"),
         ("w1 w2 w3", {"limit": 0}, r"limit=0: must be an int >= 1"),
+        (["w1 w2", "w3 w4"], {"names": ["x"]}, r"1 names for 2 texts: must be as many"),
     ],
 )
 def test_bad_documents(texts: Any, options: dict[str, Any], message: str) -> None:

@@ -31,6 +31,11 @@ def test_beyond_it_a_method_that_needs_no_training_and_no_pin(length: int) -> No
     assert reason.count(". ") == 0, "one sentence"
 
 
+def test_a_model_is_no_geometry() -> None:
+    with pytest.raises(ValueError, match=r"geometry of the type LlamaForCausalLM: must be one; pass inspect\(model\)"):
+        ropex.recommend(tiny_model("llama"), 1000)
+
+
 def test_auto_is_the_recommendation() -> None:
     model, ids = tiny_model("llama"), tiny_tokens(900)
     want = ropex.recommend(ropex.inspect(model).geometry, 900).schedule

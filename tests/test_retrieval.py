@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import re
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import ropex
 from ropex.evaluation import RetrievalResult, Sample, retrieval, tasks
 from ropex.evaluation.plots import plot_retrieval
 from ropex.evaluation.reading import Continuation, Reader, encode_pair
-from ropex.evaluation.retrieval import Record, score
+from ropex.evaluation.retrieval import Record, _generated, score
 from tests.oracles import byte_tokenizer, logits, tiny_model, tiny_tokens
 
 LENGTH = 3000
@@ -245,12 +246,15 @@ def test_several_questions_on_one_text_do_not_meet() -> None:
         assert record.logprob == pytest.approx(want, abs=1e-4)
 
 
-def test_a_window_sees_the_last_tokens_only() -> None:
-    model, tokenizer = byte_model("llama"), byte_tokenizer()
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_window_sees_the_last_tokens_only(bos: bool) -> None:
+    model, tokenizer = byte_model("llama"), byte_tokenizer(bos)
     (record,) = retrieval(model, tokenizer, "passkey", lengths=[1200], depths=(0.1,), window=400).records
     (sample,) = tasks()["passkey"].samples(tokenizer, 1200, (0.1,))
     (question,) = sample.questions
-    seen = sample.context[-(400 - (1200 - len(sample.context))) :]
+    seen = sample.context[-(400 - (1200 - len(sample.context))) :].clone()
+    if bos:
+        seen[0] = tokenizer.bos_token_id
     want, _ = slow_answer(model, tokenizer, seen, question.prompt, question.answer)
     assert record.logprob == pytest.approx(want, abs=1e-4)
 
@@ -275,6 +279,43 @@ def test_generation() -> None:
     stop = first[2]
     with torch.no_grad():
         assert reader.generate([5, 6], 6, stop=[stop]) == first[: first.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("continuation", "right"),
+    [
+        (" 12345. And so on", True),
+        (" is 12345\n", True),
+        (" 912345", False),
+        (" 54321\nThe number of another is 12345", False),
+    ],
+)
+def test_a_generated_answer_stands_in_the_first_line(continuation: str, right: bool) -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(continuation)["input_ids"]
+    reader: Any = types.SimpleNamespace(generate=lambda prompt, count, stop: ids)
+    assert _generated(reader, tokenizer, "The number is", " 12345") == right
+
+
+def test_a_model_that_overflows_and_one_of_another_vocabulary() -> None:
+    model = byte_model("llama")
+    model.lm_head.weight.data[48] = math.nan
+    with pytest.raises(ValueError, match=r"the log-probability of an answer after \d+ tokens is nan: must be finite"):
+        retrieval(model, byte_tokenizer(), "passkey", lengths=[900])
+    with pytest.raises(ValueError, match=r"tokens up to \d+: must be below 128; use the model's own tokenizer"):
+        retrieval(tiny_model("llama"), byte_tokenizer(), "passkey", lengths=[900])
+
+
+def test_a_backward_thread_is_one_at_every_depth() -> None:
+    for depth in (0.0, 0.5, 1.0):
+        (sample,) = tasks()["threads_backward"].samples(byte_tokenizer(), LENGTH, (depth,))
+        steps = dict(re.findall(r"(\d+) -> (\d+)\n", sample.text))
+        key = found(r"key (\d+)", last_line(sample.questions[0].prompt))
+        places = []
+        for _ in range(3):
+            places.append(sample.text.index(f"{key} -> "))
+            key = steps[key]
+        assert places == sorted(places, reverse=True)
 
 
 def test_transformers_own_dynamic_scaling_cannot_be_asked_twice() -> None:

@@ -13,12 +13,13 @@ import torch
 import yaml
 
 import ropex
-from ropex._checks import require_choice, require_int
+from ropex._checks import require_choice, require_int, require_number
 from ropex.cli.console import split
 from ropex.evaluation import tasks
 from ropex.evaluation.compare import TRUNCATED
-from ropex.evaluation.perplexity import Protocol, bin_edges
+from ropex.evaluation.perplexity import Protocol, bin_edges, require_stride
 from ropex.evaluation.retrieval import Scoring
+from ropex.patching import OnScaled
 from ropex.scaling.base import FrequencySchedule
 from ropex.scaling.registry import accepted_options
 
@@ -53,6 +54,7 @@ class Job:
     samples: int = 1
     seed: int = 0
     scoring: str = "likelihood"
+    on_scaled: str = "error"
     dtype: str = "float32"
     device: str | None = None
     out: str | None = None
@@ -63,6 +65,9 @@ class Job:
         Raises:
             ValueError: an unknown name, or a value that cannot be.
         """
+        for name in ("model", "text", "dataset", "split", "column", "device", "out"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"{name}={value!r}: must be a text; write it in quotes")
         self.schedules: dict[str, FrequencySchedule] = _schedules(self.methods, self.factor)
         self.tasks = _listed("tasks", self.tasks, str)
         self.lengths = _listed("lengths", self.lengths, int)
@@ -70,7 +75,10 @@ class Job:
         self.bins = _bins(self.bins)
         for name in self.tasks:
             require_choice("task", name, tasks())
+        for depth in self.depths:
+            require_number("depth", depth, minimum=0, maximum=1, remedy="pass a share of the text")
         require_choice("protocol", self.protocol, get_args(Protocol))
+        require_choice("on_scaled", self.on_scaled, get_args(OnScaled))
         require_choice("scoring", self.scoring, get_args(Scoring))
         require_choice("dtype", self.dtype, _DTYPES)
         for name in ("documents", "samples", "stride"):
@@ -80,11 +88,12 @@ class Job:
             raise ValueError(
                 f"text={self.text!r} and dataset={self.dataset!r}: must be one of them; leave out the other"
             )
-        if self.length is not None:
+        if self.length:
             require_int("length", self.length, minimum=2, remedy="pass the tokens of each document")
-            bin_edges(self.bins, self.length)
+            edges = bin_edges(self.bins, self.length)
+            require_stride(self.protocol, self.stride, edges[1])
         elif not self.tasks:
-            raise ValueError("length=null without tasks: must measure something; pass a length, or tasks")
+            raise ValueError("length=0 without tasks: must measure something; pass a length, or tasks")
         if self.tasks and not self.lengths:
             raise ValueError("tasks without lengths: must have both; pass --lengths such as 4096,8192")
         for length in self.lengths:
@@ -123,7 +132,7 @@ def _schedules(methods: Any, factor: float) -> dict[str, FrequencySchedule]:
             if not isinstance(options, Mapping | None):
                 raise ValueError(f"methods with {name}: {options!r}: must be options such as {{factor: 2}}; pass them")
             asked[str(name)] = dict(options or {})
-        return {name: _schedule(o.pop("method", name), o, factor) for name, o in asked.items() if name != TRUNCATED}
+        return {_free(name): _schedule(o.pop("method", name), o, factor) for name, o in asked.items()}
     found = {}
     for name in _listed("methods", methods, str):
         method, *options = name.split(":")
@@ -132,10 +141,22 @@ def _schedules(methods: Any, factor: float) -> dict[str, FrequencySchedule]:
             key, equals, value = option.partition("=")
             if not equals:
                 raise ValueError(f"methods with {name!r}: must be a method and options such as ntk:alpha=4; pass those")
-            given[key] = yaml.safe_load(value)
-        if method != TRUNCATED or given:  # that row is always there
-            found[name] = _schedule(method, given, factor)
+            try:
+                given[key] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise ValueError(f"methods with {name!r}: {value!r} is no value; pass one such as 4 or true") from None
+        found[_free(name)] = _schedule(method, given, factor)
     return found
+
+
+def _free(name: str) -> str:
+    """A method's name, which must not be that of the row that is always there."""
+    if name == TRUNCATED:
+        raise ValueError(
+            f'methods with "{TRUNCATED}": it is the row of the unpatched model, which is always there; leave it out, '
+            f"or for the method of this name give its options, as in {TRUNCATED}:exponent=0"
+        )
+    return name
 
 
 def _schedule(method: str, options: dict[str, Any], factor: float) -> FrequencySchedule:
@@ -147,8 +168,11 @@ def _schedule(method: str, options: dict[str, Any], factor: float) -> FrequencyS
 def _listed(name: str, value: Any, kind: type) -> list[Any]:
     """A list of a YAML file, or of a text with commas."""
     parts = split(value, name) if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    parts = [] if value is None else parts
     try:
         found = [kind(part) for part in parts]
+        if any(isinstance(part, float) and part != kind(part) for part in parts):
+            raise ValueError
     except (TypeError, ValueError):
         example = {int: "4096,8192", float: "0.1,0.9", str: "passkey,lines"}[kind]
         raise ValueError(f"{name}={value!r}: must be a list such as {example}; pass one") from None
@@ -159,7 +183,9 @@ def _listed(name: str, value: Any, kind: type) -> list[Any]:
 
 def _bins(bins: Any) -> int | list[int]:
     try:
-        numbers = [int(part) for part in (str(bins).split(",") if not isinstance(bins, list) else bins)]
+        numbers = [int(part) for part in (bins if isinstance(bins, list) else str(bins).split(","))]
+        if isinstance(bins, list) and numbers != bins:
+            raise ValueError
     except (TypeError, ValueError):
         raise ValueError(f"bins={bins!r}: must be a number or edges such as 0,2048,4096; pass integers") from None
     return numbers if len(numbers) > 1 else numbers[0]

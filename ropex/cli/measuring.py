@@ -46,6 +46,12 @@ class ProtocolName(StrEnum):
     prefix = "prefix"
 
 
+class OnScaledName(StrEnum):
+    error = "error"
+    replace_ = "replace"  # str has a method of the other name
+    keep = "keep"
+
+
 class ScoringName(StrEnum):
     likelihood = "likelihood"
     generation = "generation"
@@ -84,6 +90,7 @@ Depths = Annotated[str, typer.Option(help="Where in the text the answers stand, 
 Samples = Annotated[int, typer.Option(help="Texts at each length.")]
 Seed = Annotated[int, typer.Option(help="Of the texts.")]
 Scoring = Annotated[ScoringName, typer.Option(help="By the likelihood of answer and distractors, or by generation.")]
+OnScaled = Annotated[OnScaledName, typer.Option(help="What to do where the model's config carries a scaling.")]
 Weights = Annotated[Dtype, typer.Option("--dtype", help="Dtype of the weights.")]
 Device = Annotated[str | None, typer.Option(help="Device. Default: cuda where there is one, else cpu.")]
 Out = Annotated[
@@ -111,6 +118,7 @@ def perplexity(
     protocol: Protocol = ProtocolName.binned,
     bins: Bins = "6",
     stride: Stride = 256,
+    on_scaled: OnScaled = OnScaledName.error,
     dtype: Weights = Dtype.float32,
     device: Device = None,
     out: Out = None,
@@ -133,17 +141,19 @@ def retrieval(
     samples: Samples = 1,
     seed: Seed = 0,
     scoring: Scoring = ScoringName.likelihood,
+    on_scaled: OnScaled = OnScaledName.error,
     dtype: Weights = Dtype.float32,
     device: Device = None,
     out: Out = None,
 ) -> None:
     """Generated retrieval tasks over a grid of lengths and depths."""
-    _run(Job(**_given(locals()), length=None), "retrieval")
+    _run(Job(**_given(locals()), length=0), "retrieval")
 
 
 @app.command()
 @clear_errors
 def compare(
+    context: typer.Context,
     config: Annotated[
         Path | None, typer.Argument(help="YAML file whose keys are the options below; then none of them is taken.")
     ] = None,
@@ -165,19 +175,19 @@ def compare(
     samples: Samples = 1,
     seed: Seed = 0,
     scoring: Scoring = ScoringName.likelihood,
+    on_scaled: OnScaled = OnScaledName.error,
     dtype: Weights = Dtype.float32,
     device: Device = None,
     out: Out = None,
 ) -> None:
     """Methods by perplexity and by retrieval, from one YAML file or from flags."""
-    given = _given({name: value for name, value in locals().items() if name != "config"})
+    given = _given({name: value for name, value in locals().items() if name not in ("config", "context")})
     if config is None:
-        _run(Job(**(given | {"length": length or None, "tasks": tasks or ()})), "compare")
+        _run(Job(**(given | {"tasks": tasks or ()})), "compare")
         return
-    context = typer.main.get_command(app).commands["compare"]  # type: ignore[attr-defined]
-    defaults = {option.name: option.default for option in context.params}
     for name, value in given.items():
-        if value != defaults[name] and name != "out":
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name != "out":
             raise ValueError(f"--{name} {value} beside {str(config)!r}: must stand in the file; write it there")
     job = read_job(config)
     job.out = out or job.out
@@ -196,9 +206,9 @@ def probe(
     out: Out = None,
 ) -> None:
     """Precision: how far a model's predictions move when a text stands at other positions."""
-    moved = [int(shift) for shift in split(shifts, "shifts")] if shifts.replace(",", "").isdigit() else None
-    if not moved:
+    if not all(shift.isdecimal() for shift in split(shifts, "shifts")):
         raise ValueError(f"shifts={shifts!r}: must be tokens such as 16,4096; pass whole numbers")
+    moved = [int(shift) for shift in split(shifts, "shifts")]
     job = Job(
         model=model, text=text, methods="none", length=length, bins="1", dtype=dtype.value, device=device, out=out
     )
@@ -237,10 +247,10 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def _run(job: Job, command: str) -> None:
     # All that can be wrong without the model is found before the model is loaded.
     job.check()
-    texts = _texts(job) if job.length is not None else Texts([], [], "")
+    texts = _texts(job) if job.length else Texts([], [], "")
     folder = _folder(job, command)
     loaded = _load(job)
-    found = _documents(job, texts, loaded) if job.length is not None else []
+    found = _documents(job, texts, loaded) if job.length else []
     geometry = ropex.inspect(loaded.model).geometry
     say(f"{loaded.name}: trained at {geometry.trained_length} tokens, base {geometry.base:g}")
     if found:
@@ -261,6 +271,7 @@ def _run(job: Job, command: str) -> None:
             samples=job.samples,
             seed=job.seed,
             scoring=job.scoring,  # type: ignore[arg-type]
+            on_scaled=job.on_scaled,  # type: ignore[arg-type]
             cells=folder / CELLS,
             model_name=loaded.name,
             text_name=texts.title,

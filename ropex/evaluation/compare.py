@@ -5,21 +5,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from ropex._checks import require_int
 from ropex._version import __version__
 from ropex.evaluation.documents import Document, as_documents
 from ropex.evaluation.losses import Progress, vocabulary_size
 from ropex.evaluation.perplexity import PerplexityByLength, Protocol, bin_edges, perplexity_by_length
 from ropex.evaluation.results import Cells, environment, fingerprint
 from ropex.evaluation.retrieval import Record, RetrievalResult, Scoring, ask, find_task
-from ropex.patching import inspect, patch
+from ropex.evaluation.tasks import Sample, Task
+from ropex.patching import OnScaled, depends_on_length, inspect, patch
 from ropex.scaling import FrequencySchedule
 
 __all__ = ["compare_methods"]
@@ -33,18 +35,17 @@ class _Method(NamedTuple):
     name: str
     schedule: FrequencySchedule | None
     window: int | None
+    on_scaled: OnScaled
 
     @property
     def key(self) -> str:
-        return f"{TRUNCATED} to {self.window}" if self.schedule is None else repr(self.schedule)
+        return f"{TRUNCATED} to {self.window}" if self.schedule is None else f"{self.schedule!r}, {self.on_scaled}"
 
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        if self.schedule is None:
-            yield
-        else:
-            with patch(model, self.schedule):
-                yield
+    def applied(self, model: nn.Module) -> AbstractContextManager[object]:
+        if self.schedule is not None:
+            return patch(model, self.schedule, on_scaled=self.on_scaled)
+        # A config's own scaling that depends on the length can be asked twice only under a pin.
+        return patch(model, on_scaled="keep") if depends_on_length(model) else nullcontext()
 
 
 class _Cell(NamedTuple):
@@ -71,6 +72,7 @@ def compare_methods(
     samples: int = 1,
     seed: int = 0,
     scoring: Scoring = "likelihood",
+    on_scaled: OnScaled = "error",
     cells: str | Path | None = None,
     model_name: str = "",
     text_name: str = "",
@@ -78,8 +80,8 @@ def compare_methods(
 ) -> dict[str, Any]:
     """Perplexity and retrieval of several methods on one model, as a result that can be written as JSON.
 
-    One more row, `truncated`, is always there: the unpatched model that sees its trained length of the last tokens
-    only. What a method gains over it is what the added context is worth.
+    One more row, `truncated`, is always there: the unpatched model that sees its own length of the last tokens only.
+    What a method gains over it is what the added context is worth.
 
     Args:
         model: not patched; it is patched with one schedule after the other, and left as it was.
@@ -89,6 +91,7 @@ def compare_methods(
         tokenizer: the model's, for the tasks.
         tasks: what retrieval is measured on; none: it is not.
         lengths, depths, samples, seed, scoring: as in `retrieval`.
+        on_scaled: as in `patch`, of a model whose config carries a scaling.
         cells: a file that keeps what is finished, so that a run that was killed goes on from there: one document or
             one sample of one method at a time.
         model_name, text_name: what the result says of them.
@@ -110,9 +113,10 @@ def compare_methods(
     found = as_documents(documents, vocabulary_size(model)) if len(documents) else []
     if not found and not tasks:
         raise ValueError("nothing to measure: must have documents or tasks; pass documents=, tasks=, or both")
-    trained = inspect(model).geometry.trained_length
-    methods = [_Method(name, schedule, None) for name, schedule in schedules.items()]
-    methods.append(_Method(TRUNCATED, None, trained))
+    require_int("samples", samples, minimum=1, remedy="pass how many texts to read at each length")
+    inspection = inspect(model)
+    methods = [_Method(name, schedule, None, on_scaled) for name, schedule in schedules.items()]
+    methods.append(_Method(TRUNCATED, None, inspection.length, on_scaled))
     store = Cells(None if cells is None else Path(cells), {"model": fingerprint(model), "ropex": __version__})
     edges = bin_edges(bins, min(map(len, found))) if found else []
     perplexity = {
@@ -120,11 +124,15 @@ def compare_methods(
         for method in methods
     }
     numbers = list(itertools.product(range(samples), lengths))
+    drawn = {
+        task: [find_task(task).samples(tokenizer, length, depths, number=n, seed=seed) for n, length in numbers]
+        for task in tasks
+    }
     retrieval = {
         task: {
             method.name: [
-                _retrieval_cell(model, tokenizer, method, task, length, list(depths), number, seed, scoring)
-                for number, length in numbers
+                _retrieval_cell(model, tokenizer, method, find_task(task), number, made, scoring)
+                for (number, _), made in zip(numbers, drawn[task], strict=True)
             ]
             for method in methods
         }
@@ -141,7 +149,7 @@ def compare_methods(
 
     result: dict[str, Any] = {
         "model": model_name,
-        "trained_length": trained,
+        "trained_length": inspection.geometry.trained_length,
         "methods": {method.name: method.schedule and method.schedule.to_dict() for method in methods},
     }
     if found:
@@ -205,7 +213,8 @@ def _perplexity_cell(
     edges: list[int],
     stride: int,
 ) -> _Cell:
-    digest = hashlib.sha256(document.tokens.numpy().tobytes()).hexdigest()[:16]
+    counts = None if document.bytes is None else document.bytes.tolist()
+    digest = _digest(repr((document.tokens.tolist(), document.bos, counts)).encode())
     steps = f" stride {stride}" if protocol in ("press", "window_mean") else ""
 
     def measure(report: Progress | None) -> dict[str, Any]:
@@ -222,26 +231,25 @@ def _retrieval_cell(
     model: nn.Module,
     tokenizer: Any,
     method: _Method,
-    task: str,
-    length: int,
-    depths: list[float],
+    task: Task,
     number: int,
-    seed: int,
+    made: Sequence[Sample],
     scoring: Scoring,
 ) -> _Cell:
-    chosen = find_task(task)
-
     def measure(report: Progress | None) -> list[dict[str, Any]]:
-        made = chosen.samples(tokenizer, length, depths, number=number, seed=seed)
         with method.applied(model):
-            records = ask(
-                model, tokenizer, chosen, made, number, scoring=scoring, window=method.window, progress=report
-            )
+            records = ask(model, tokenizer, task, made, number, scoring=scoring, window=method.window, progress=report)
         return [asdict(record) for record in records]
 
-    key = f"{task}, {length} tokens, depths {depths}, sample {number}, seed {seed}, {scoring}, {method.key}"
-    cost = float(length) * (1 if chosen.shared else len(depths))
-    return _Cell(key, f"{task} at {length:,}, {method.name}", cost, measure)
+    asked = repr([(sample.context.tolist(), sample.bos, sample.questions) for sample in made])
+    length = made[0].length
+    key = f"{task.name}, {length} tokens, sample {number}, {_digest(asked.encode())}, {scoring}, {method.key}"
+    cost = float(length) * (1 if task.shared else len(made))
+    return _Cell(key, f"{task.name} at {length:,}, {method.name}", cost, measure)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> PerplexityByLength:

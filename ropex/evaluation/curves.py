@@ -12,6 +12,9 @@ from ropex._checks import require_number
 
 __all__ = ["LossCurve", "effective_length", "fit_loss_curve"]
 
+# Where the exponent is looked for; at 0.01 the curve is a logarithm to a few per cent.
+_SMALLEST_BETA, _LARGEST_BETA = 0.01, 10.0
+
 
 def effective_length(results: Mapping[int, float], threshold: float) -> int | None:
     """The largest length at which, and below which, no score is under the threshold; None: there is none.
@@ -71,8 +74,8 @@ def fit_loss_curve(lengths: Sequence[float], losses: Sequence[float]) -> LossCur
         losses: nats per token at each.
 
     Raises:
-        ValueError: fewer than four points, lengths that are not positive and distinct, losses that are not finite, or
-            losses that do not fall with the length.
+        ValueError: fewer than four points, lengths that are not positive and distinct, losses that are not finite, do
+            not fall with the length, or fall in another way: as slowly as a logarithm, or all at once.
 
     Example:
         >>> curve = fit_loss_curve([512, 1024, 2048, 4096], [(900 / c) ** 0.4 + 2 for c in (512, 1024, 2048, 4096)])
@@ -100,9 +103,10 @@ def fit_loss_curve(lengths: Sequence[float], losses: Sequence[float]) -> LossCur
         gamma = y.mean() - slope * basis.mean()
         return slope.item(), gamma.item(), (y - gamma - slope * basis).square().sum().item()
 
-    low, high = math.log(1e-3), math.log(10.0)
+    low, high = math.log(_SMALLEST_BETA), math.log(_LARGEST_BETA)
     grid = torch.linspace(low, high, 400, dtype=torch.float64).tolist()
-    best = min(range(len(grid)), key=lambda i: solve(math.exp(grid[i]))[2])
+    errors = [solve(math.exp(exponent))[2] for exponent in grid]
+    best = errors.index(min(errors))
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
     golden = (math.sqrt(5) - 1) / 2
     for _ in range(80):
@@ -117,6 +121,11 @@ def fit_loss_curve(lengths: Sequence[float], losses: Sequence[float]) -> LossCur
         raise ValueError(
             "losses that do not fall with the length: must fall for a power law; leave out what lies beyond the length "
             "that the model can use"
+        )
+    if best in (0, len(grid) - 1):
+        raise ValueError(
+            f"losses that fall as with an exponent of {_SMALLEST_BETA if best == 0 else _LARGEST_BETA:g} or beyond: no "
+            "power law fits them best; pass more points, or points further apart"
         )
     spread = (y - y.mean()).square().sum().item()
     return LossCurve(scale.item() * slope ** (1 / beta), beta, gamma, 1 - error / spread)

@@ -80,6 +80,8 @@ def documents(
             require_int(name, value, minimum=2 if name == "length" else 1, remedy="pass a number of them, or None")
     if not texts:
         raise ValueError("texts=[]: must hold at least one text; pass one")
+    if names and len(names) != len(texts):
+        raise ValueError(f"{len(names)} names for {len(texts)} texts: must be as many; pass one for each, or none")
     bos = bos_of(tokenizer)
     pieces: list[list[Document]] = []
     longest = 0

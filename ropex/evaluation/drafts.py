@@ -256,7 +256,7 @@ def threads(backward: bool) -> Callable[[random.Random, Sequence[float], Sequenc
         chain = list(itertools.islice(numbers, hops + 1))
         ends = list(itertools.islice(numbers, 6))
         facts = []
-        for i in range(hops):
+        for i in reversed(range(hops)) if backward else range(hops):  # in the order of the text
             place = depth + (1 - depth) * (hops - 1 - i) / hops if backward else depth * (i + 1) / hops
             facts.append((place, f"{chain[i]} -> {chain[i + 1]}\n"))
         filler = (f"{next(numbers)} -> {value}\n" for value in itertools.chain(ends, numbers))

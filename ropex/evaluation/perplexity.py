@@ -17,7 +17,7 @@ from ropex.evaluation.documents import Document, as_documents
 from ropex.evaluation.losses import Progress, evaluating, token_losses, vocabulary_size
 from ropex.patching import depends_on_length
 
-__all__ = ["PerplexityByLength", "Protocol", "Tally", "bin_edges", "perplexity_by_length"]
+__all__ = ["PerplexityByLength", "Protocol", "Tally", "bin_edges", "perplexity_by_length", "require_stride"]
 
 Protocol = Literal["binned", "press", "window_mean", "prefix"]
 
@@ -208,10 +208,7 @@ def perplexity_by_length(
     spans = list(itertools.pairwise(edges))
     if protocol != "binned":
         spans = [(0, end) for _, end in spans]
-        if protocol == "press" and stride > spans[0][1]:
-            raise ValueError(
-                f"stride={stride}: must be <= the shortest length, {spans[0][1]}; pass a smaller stride or longer bins"
-            )
+        require_stride(protocol, stride, spans[0][1])
     per_length = depends_on_length(model)
     plans = [
         [piece for w in _windows(protocol, spans, len(document), stride, per_length) for piece in _within(w, window)]
@@ -237,6 +234,14 @@ def perplexity_by_length(
                 done += w.end - w.start
             tallies.append(tuple(rows))
     return PerplexityByLength(protocol, tuple(spans), tuple(tallies), time.perf_counter() - start_time, total)
+
+
+def require_stride(protocol: str, stride: int, shortest: int) -> None:
+    """Raise `ValueError` where windows of `press` would move on by more than they hold."""
+    if protocol == "press" and stride > shortest:
+        raise ValueError(
+            f"stride={stride}: must be <= the shortest length, {shortest}; pass a smaller stride or longer bins"
+        )
 
 
 def bin_edges(bins: int | Sequence[int], length: int) -> list[int]:

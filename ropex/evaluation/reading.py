@@ -70,6 +70,11 @@ class Reader:
                 _restore(branch, length)
                 every = torch.cat((every, rest))
             chosen = every.log_softmax(-1).gather(1, expected[:, None])
+            if not bool(chosen.isfinite().all()):
+                raise ValueError(
+                    f"the log-probability of an answer after {len(self._read) + len(prompt)} tokens is "
+                    f"{chosen.sum().item()}: must be finite; the model overflows there, so try float32 or bfloat16"
+                )
             found.append(Continuation(chosen.sum().item(), bool((every.argmax(-1) == expected).all())))
         _restore(cache, len(self._read))
         return found

@@ -44,7 +44,7 @@ def environment(parameter: Tensor | None = None) -> dict[str, Any]:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result so that the file is never seen half written."""
-    _write(path, json.dumps(result, indent=2) + "\n")
+    _write(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -63,8 +63,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's weights, by some of each, and of their dtype and device."""
-    digest = hashlib.sha256()
+    """A short hash of a model's config and of its weights, by some of each, their dtype and device."""
+    config = getattr(model, "config", None)
+    digest = hashlib.sha256(b"" if config is None else config.to_json_string(use_diff=False).encode())
     for name, parameter in model.named_parameters():
         sample = parameter.detach().flatten()[:: max(parameter.numel() // 64, 1)].to("cpu", torch.float64)
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {parameter.device.type} ".encode())

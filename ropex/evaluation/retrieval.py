@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ropex._checks import require_choice, require_int
-from ropex.evaluation.losses import Progress, evaluating
+from ropex.evaluation.losses import Progress, evaluating, vocabulary_size
 from ropex.evaluation.reading import Continuation, Reader, encode_pair, one_length
 from ropex.evaluation.results import write_csv
 from ropex.evaluation.tasks import Question, Sample, Task, tasks
@@ -37,7 +39,7 @@ class Record:
         logprob: of the answer, in nats; None where it was generated.
         margin: by how much it exceeds that of the likeliest distractor; None where it was generated.
         chosen: it is likelier than all distractors; None where it was generated.
-        exact: it is what greedy decoding gives (where generated: it is contained in it).
+        exact: it is what greedy decoding gives (where generated: it stands in the first line of it, as words).
         chance: the share of questions that a guesser gets `chosen`.
     """
 
@@ -131,8 +133,8 @@ def retrieval(
         samples: how many texts, or groups of texts with one per depth, at each length.
         seed: of the texts.
         scoring: `likelihood`: how likely the model finds the answer and each distractor, and whether the answer is what
-            greedy decoding gives, told from the same pass; or `generation`: greedy decoding, and whether the answer is
-            in it.
+            greedy decoding gives, told from the same pass; or `generation`: greedy decoding, and whether the answer
+            stands in the first line of it.
         window: the model sees at most so many tokens, the last ones: with the unpatched model and its trained length
             what any added context must beat.
         prose: what facts are hidden in; None: Python's language reference.
@@ -186,6 +188,9 @@ def ask(
         require_int("window", window, minimum=2, remedy="pass the tokens that the model may see")
     length = samples[0].length
     slack = _SLACK if scoring == "generation" else 0
+    largest, known = max(int(sample.context.max()) for sample in samples), vocabulary_size(model)
+    if largest >= known:
+        raise ValueError(f"tokens up to {largest}: must be below {known}; use the model's own tokenizer")
     reader = Reader(model)
     records: list[Record] = []
     with evaluating(model), one_length(model, min(length + slack, window or length + slack)):
@@ -231,7 +236,8 @@ def _generated(reader: Reader, tokenizer: Any, prompt: str, answer: str) -> bool
     before, expected = encode_pair(tokenizer, prompt, answer)
     stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = reader.generate(before, len(expected) + _SLACK, stop)
-    return answer.strip() in tokenizer.decode(tokens)
+    line = tokenizer.decode(tokens).strip().partition("\n")[0]
+    return re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", line) is not None
 
 
 def _seen(sample: Sample, window: int | None, slack: int) -> Tensor:
@@ -241,4 +247,5 @@ def _seen(sample: Sample, window: int | None, slack: int) -> Tensor:
     asked = sample.length + slack - len(sample.context)
     if window <= asked:
         raise ValueError(f"window={window}: must be > {asked}, the question's tokens; pass the model's trained length")
-    return sample.context[asked - window :]
+    seen = sample.context[asked - window :]
+    return seen if sample.bos is None else torch.cat((seen.new_tensor([sample.bos]), seen[1:]))

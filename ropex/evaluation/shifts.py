@@ -71,7 +71,10 @@ def shift_deviation(
         raise ValueError("shifts=[]: must hold at least one number of tokens; pass such as [16, 4096]")
     for shift in shifts:
         require_int("shift", shift, minimum=1, remedy="pass by how many tokens the text shall move")
-    (document,) = as_documents(tokens, vocabulary_size(model))
+    found_documents = as_documents(tokens, vocabulary_size(model))
+    if len(found_documents) > 1:
+        raise ValueError(f"tokens of {len(found_documents)} documents: must be of one; pass one text's ids")
+    document = found_documents[0]
     scaled = inspect(model).scaling is not None
     total = len(WAYS) * (1 + len(shifts))
     found: list[ShiftDeviation] = []

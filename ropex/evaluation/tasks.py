@@ -26,6 +26,7 @@ class Sample:
         task: the task's name.
         length: of the text, the longest prompt and its longest answer, right or wrong, together, in tokens.
         context: the text's ids, int64 [n], with BOS where the tokenizer puts it.
+        bos: that id, or None.
         text: what they say.
         questions: all on this text, one for each depth.
     """
@@ -33,6 +34,7 @@ class Sample:
     task: str
     length: int
     context: Tensor
+    bos: int | None
     text: str
     questions: tuple[Question, ...]
 
@@ -147,7 +149,7 @@ def _sample(name: str, draft: Draft, tokenizer: Any, length: int) -> Sample:
         if used >= room:
             break
     context = torch.tensor(head + body, dtype=torch.int64)
-    return Sample(name, length, context, tokenizer.decode(context), tuple(draft.questions))
+    return Sample(name, length, context, bos, tokenizer.decode(context), tuple(draft.questions))
 
 
 _TASKS = {

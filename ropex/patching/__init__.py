@@ -5,12 +5,13 @@ from ropex.patching.export import Export, export
 from ropex.patching.generation import cache_argument, cache_of
 from ropex.patching.groups import param_groups
 from ropex.patching.inspect import Inspection, LayerKind, depends_on_length, inspect
-from ropex.patching.patch import Patch, find_patch, load, patch, unpatch
+from ropex.patching.patch import OnScaled, Patch, find_patch, load, patch, unpatch
 
 __all__ = [
     "Export",
     "Inspection",
     "LayerKind",
+    "OnScaled",
     "Patch",
     "UnsupportedModelError",
     "cache_argument",
