@@ -12,8 +12,6 @@ __all__ = ["Recommendation", "recommend"]
 
 # How far the rule was measured: benchmarks/results/perplexity*.json and retrieval.json.
 _MEASURED = 2.0
-# alpha over the factor: 1 falls behind in retrieval at twice the trained length, 4 costs most in perplexity.
-_OVERSCALED = 2.0
 
 
 class Recommendation(NamedTuple):
@@ -43,7 +41,7 @@ def recommend(geometry: Geometry, length: int) -> Recommendation:
 
     Example:
         >>> recommend(Geometry(dim=64, base=100_000.0, trained_length=8192), 16384).schedule
-        NTKAware(factor=2.0, alpha=4.0)
+        DynamicNTK(factor=2.0, floor=None)
     """
     if not isinstance(geometry, Geometry):
         raise ValueError(f"geometry of the type {type(geometry).__name__}: must be one; pass inspect(model).geometry")
@@ -55,9 +53,10 @@ def recommend(geometry: Geometry, length: int) -> Recommendation:
         )
     factor = length / trained
     reason = (
-        f"at {factor:.3g} times the trained length, ntk with alpha twice the factor finds what stands far back as "
-        "surely as within the trained length, where ntk and yarn at the factor itself do not"
+        "dynamic_ntk leaves texts within the trained length as they are, and at 1.5 and 2 times that length it found "
+        "again what the unpatched model had lost, with yarn behind it in retrieval though ahead in perplexity"
     )
     if factor > _MEASURED:
-        reason += f" (measured up to {_MEASURED:g} times, on one small model: compare before you rely on it)"
-    return Recommendation(schedule("ntk", factor=factor, alpha=_OVERSCALED * factor), reason)
+        reason += f"; at {factor:.3g} times nothing was measured, so compare before you rely on it"
+    # Its alpha at `length` is factor ** 2 - factor + 1; beyond what was measured it grows as slowly as 2 * factor - 1.
+    return Recommendation(schedule("dynamic_ntk", factor=min(factor, _MEASURED)), reason)

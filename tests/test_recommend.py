@@ -21,12 +21,14 @@ def test_within_the_trained_length_nothing_is_scaled(length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [8193, 12288, 16384, 100_000])
-def test_beyond_it_a_method_that_needs_no_training_and_no_pin(length: int) -> None:
+def test_beyond_it_a_method_that_needs_no_training_and_leaves_short_texts_alone(length: int) -> None:
     schedule, reason = ropex.recommend(GEOMETRY, length)
     assert schedule.training_free
-    assert not schedule.length_dependent
-    assert abs(schedule.target_length(8192) - length) <= 1
-    assert f"{length / 8192:.3g} times the trained length" in reason
+    assert torch.equal(schedule.at(GEOMETRY, length=8192).inv_freq, GEOMETRY.inv_freq())
+    ratio = length / 8192
+    alpha = ratio**2 - ratio + 1 if ratio <= 2 else 2 * ratio - 1
+    want = ropex.schedule("ntk", factor=ratio, alpha=alpha).at(GEOMETRY, length=length).inv_freq
+    torch.testing.assert_close(schedule.at(GEOMETRY, length=length).inv_freq, want, rtol=1e-9, atol=0)
     assert ("compare before you rely on it" in reason) == (length > 16384)
     assert reason.count(". ") == 0, "one sentence"
 
@@ -41,7 +43,7 @@ def test_auto_is_the_recommendation() -> None:
     want = ropex.recommend(ropex.inspect(model).geometry, 900).schedule
     with ropex.patch(model, method="auto", length=900) as patch:
         assert patch.schedule == want
-        assert model.config.max_position_embeddings >= 900
+        assert model.config.max_position_embeddings == 900
         got = logits(model, ids)
     with ropex.patch(model, want):
         assert torch.equal(got, logits(model, ids))
@@ -77,8 +79,11 @@ def test_bad_auto(options: dict[str, Any], message: str) -> None:
 def test_auto_and_a_scaling_that_is_kept() -> None:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(scaled_config("llama", rope_type="linear", factor=2.0))
+    model = AutoModelForCausalLM.from_config(
+        scaled_config("llama", rope_type="linear", factor=2.0, original_max_position_embeddings=512)
+    )
     with pytest.raises(ValueError, match=r"method='auto' with on_scaled=\"keep\": .* keeps its own scaling"):
         ropex.patch(model, method="auto", length=2048, on_scaled="keep")
     with ropex.patch(model, method="auto", length=2048, on_scaled="replace") as patch:
-        assert patch.schedule.method == "ntk"
+        assert patch.schedule.method == "dynamic_ntk"
+        assert model.config.max_position_embeddings == 2048

@@ -18,13 +18,12 @@ import ropex
 from ropex.cli.console import app, clear_errors, log, say, split
 from ropex.cli.console import out as console
 from ropex.cli.job import Job, read_job
-from ropex.evaluation.compare import TRUNCATED, compare_methods
-from ropex.evaluation.curves import effective_length
+from ropex.cli.tables import perplexity_table, retrieval_results, retrieval_rows, retrieval_table
+from ropex.evaluation.compare import compare_methods
 from ropex.evaluation.documents import Document, documents
 from ropex.evaluation.loading import LoadedModel, Texts, load_dataset_texts, load_model, load_texts
 from ropex.evaluation.plots import plot_perplexity, plot_retrieval
 from ropex.evaluation.results import environment, write_csv, write_json
-from ropex.evaluation.retrieval import RetrievalResult
 from ropex.evaluation.shifts import shift_deviation
 from ropex.precision import angle_error
 
@@ -281,15 +280,15 @@ def _run(job: Job, command: str) -> None:
     write_json(written[0], result)
     if found:
         say("negative log-likelihood (nats per token) and perplexity:")
-        console.print(_perplexity_table(result["perplexity"]))
+        console.print(perplexity_table(result["perplexity"]))
         written.append(folder / "perplexity.png")
         plot_perplexity(written[-1], result)
     if job.tasks:
-        measured = _retrieval_results(result)
+        measured = retrieval_results(result)
         say(f"retrieval: exact answers, and their log-probability in nats ({job.samples} x {len(job.depths)} a cell):")
-        console.print(_retrieval_table(measured, geometry.trained_length, job.scoring))
+        console.print(retrieval_table(measured, geometry.trained_length, job.scoring))
         written.append(folder / "retrieval.csv")
-        write_csv(written[-1], _retrieval_rows(measured))
+        write_csv(written[-1], retrieval_rows(measured))
         for task, by_method in measured.items():
             written.append(folder / f"{task}.png")
             grids = {name: each.grid() for name, each in by_method.items()}
@@ -349,64 +348,3 @@ def _bar() -> Iterator[Any]:
             progress.update(whole, description=title, completed=done)
 
         yield report
-
-
-def _perplexity_table(measured: dict[str, Any]) -> Table:
-    binned = measured["protocol"] == "binned"
-    table = Table()
-    table.add_column("positions" if binned else "length", justify="right")
-    for name in measured["results"]:
-        table.add_column(f"{name}\nnll     ppl", justify="right")
-    for row, (start, end) in enumerate(measured["bins"]):
-        cells = (f"{each['nll'][row]:.3f} {each['perplexity'][row]:7.2f}" for each in measured["results"].values())
-        table.add_row(f"{start}-{end}" if binned else str(end), *cells)
-    table.add_section()
-    # What added context is worth, at the end of the curve: for each method nats below the truncated model.
-    gains = (f"{each['gain'][-1][0]:+.3f}" for each in measured["results"].values())
-    table.add_row("last row,\ngain over truncated", *gains)
-    speeds = (f"{each['processed'] / each['seconds']:.0f}" for each in measured["results"].values())
-    table.add_row("tokens / s", *speeds)
-    return table
-
-
-def _retrieval_results(result: dict[str, Any]) -> dict[str, dict[str, RetrievalResult]]:
-    return {
-        task: {
-            name: RetrievalResult.from_dict({"task": task, "records": records}) for name, records in by_method.items()
-        }
-        for task, by_method in result["retrieval"]["results"].items()
-    }
-
-
-def _retrieval_table(measured: dict[str, dict[str, RetrievalResult]], trained_length: int, scoring: str) -> Table:
-    methods = list(next(iter(measured.values())))
-    table = Table("task", "length", *methods)
-    for task, by_method in measured.items():
-        exact = {name: each.by_length() for name, each in by_method.items()}
-        logprob = (
-            {name: each.by_length("logprob") for name, each in by_method.items()} if scoring == "likelihood" else {}
-        )
-        lengths = list(exact[TRUNCATED])
-        for length in lengths:
-            cells = [
-                f"{100 * exact[name][length]:.0f} %" + (f" {logprob[name][length]:6.1f}" if logprob else "")
-                for name in methods
-            ]
-            table.add_row(task, f"{length:,}", *cells)
-        short = [exact[TRUNCATED][length] for length in lengths if length <= trained_length // 2]
-        if short and short[-1] > 0:
-            threshold = 0.8 * short[-1]
-            reached = (effective_length(exact[name], threshold) for name in methods)
-            cells = [f"{length:,}" if length else "none" for length in reached]
-            table.add_row(task, f"effective\nat {100 * threshold:.0f} %", *cells)
-        table.add_section()
-    return table
-
-
-def _retrieval_rows(measured: dict[str, dict[str, RetrievalResult]]) -> list[dict[str, Any]]:
-    return [
-        {"method": name, **record}
-        for by_method in measured.values()
-        for name, each in by_method.items()
-        for record in each.to_dict()["records"]
-    ]

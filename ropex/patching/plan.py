@@ -249,7 +249,7 @@ def _require_replaceable(name: str, kind: Kind, config: Any, on_scaled: str) -> 
         )
     if not kind.length_known:
         raise ValueError(
-            f"{carries} and does not tell the pretraining length, which {on_scaled[:-1]}ing it needs; "
+            f'{carries} and does not tell the pretraining length, which on_scaled="{on_scaled}" needs; '
             "set config.original_max_position_embeddings"
         )
     if on_scaled == "replace" and rope_parameters(config, kind.layer_type).get("mscale_all_dim"):
