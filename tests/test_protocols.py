@@ -89,6 +89,13 @@ def test_press_scores_every_token_once() -> None:
     assert [tally.tokens for tally in measured.tallies[0]] == [len(doc) - 1] * 3
 
 
+def test_bins_that_do_not_divide_the_length_are_rounded_to_whole_tokens() -> None:
+    measured = perplexity_by_length(tiny_model("llama"), document(0), bins=11)
+    ends = [end for _, end in measured.bins]
+    assert ends == [38, 76, 115, 153, 191, 229, 267, 305, 344, 382, 420]
+    assert sum(tally.tokens for tally in measured.tallies[0]) == 419
+
+
 def test_on_a_static_schedule_one_pass_is_every_length() -> None:
     model, doc = tiny_model("llama"), document(0)
     with ropex.patch(model, "ntk", factor=2):
