@@ -141,8 +141,8 @@ def retrieval() -> str:
     return f"""## Retrieval
 
 {result["model"]}. Mean log-probability of the answer in nats, and the share of answers that greedy decoding gives word
-for word; {samples} text of each length, with these questions: {asked}. An answer of five digits drawn at random would
-have -11.5. {same}.
+for word; texts of each length: {samples}, with these questions: {asked}. An answer of five digits drawn at random
+would have -11.5. {same}.
 
 {tables}
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ropex._checks import require_int, require_number
 from ropex.evaluation.documents import Document, as_documents
-from ropex.evaluation.losses import evaluating, token_losses, vocabulary_size
-from ropex.patching import depends_on_length
+from ropex.evaluation.losses import evaluating, forget_length, token_losses, vocabulary_size
 
 __all__ = ["KeyTokenPerplexity", "long_ppl"]
 
@@ -114,7 +113,7 @@ def long_ppl(
 def _long(model: nn.Module, document: Document, first: int, chunk: int) -> Tensor:
     """The losses from `first` on, in one pass."""
     with evaluating(model):
-        _forget(model, document)
+        forget_length(model)
         return token_losses(model, document.tokens, first=first, chunk=chunk)
 
 
@@ -124,13 +123,7 @@ def _short(model: nn.Module, document: Document, window: int, stride: int, chunk
     with evaluating(model):
         for reached in range(window, len(document), stride):
             end = min(reached + stride, len(document))
-            _forget(model, document)
+            forget_length(model)
             ids = document.window(end - window, end)
             losses.append(token_losses(model, ids, first=window - end + reached, chunk=chunk, where=end - window))
     return torch.cat(losses)
-
-
-def _forget(model: nn.Module, document: Document) -> None:
-    if depends_on_length(model):
-        # transformers' own dynamic module keeps the longest pass's frequencies until a short one comes.
-        token_losses(model, document.tokens[:2])

@@ -29,7 +29,8 @@ def harness(model: nn.Module, tokenizer: Any, *, batch_size: int = 1, max_length
 
     Example:
         >>> lm = harness(model, tokenizer)  # doctest: +SKIP
-        >>> lm_eval.simple_evaluate(lm, tasks=["ruler_vt"], metadata={"max_seq_lengths": [16384]})  # doctest: +SKIP
+        >>> metadata = {"max_seq_lengths": [16384], "tokenizer": tokenizer.name_or_path}  # doctest: +SKIP
+        >>> lm_eval.simple_evaluate(lm, tasks=["ruler_vt"], metadata=metadata)  # doctest: +SKIP
 
     Reference: Gao et al., The Language Model Evaluation Harness, https://github.com/EleutherAI/lm-evaluation-harness.
     """

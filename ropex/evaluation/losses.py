@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Progress", "evaluating", "last_logits_only", "output_embedding", "token_losses", "vocabulary_size"]
+from ropex.patching import depends_on_length
+
+__all__ = [
+    "Progress",
+    "evaluating",
+    "forget_length",
+    "last_logits_only",
+    "output_embedding",
+    "token_losses",
+    "vocabulary_size",
+]
 
 Progress = Callable[[float], None]
 
@@ -67,6 +77,15 @@ def last_logits_only(model: nn.Module) -> Iterator[list[tuple[Tensor, torch.auto
         yield seen
     finally:
         handle.remove()
+
+
+def forget_length(model: nn.Module) -> None:
+    """Lead a model whose frequencies depend on the length back to short ones.
+
+    transformers' own dynamic module keeps those of the longest pass until a short one comes.
+    """
+    if depends_on_length(model):
+        token_losses(model, torch.zeros(2, dtype=torch.int64))
 
 
 def token_losses(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ropex._checks import require_choice, require_int
 from ropex.evaluation.documents import Document, as_documents
-from ropex.evaluation.losses import Progress, evaluating, token_losses, vocabulary_size
+from ropex.evaluation.losses import Progress, evaluating, forget_length, token_losses, vocabulary_size
 from ropex.patching import depends_on_length
 
 __all__ = ["PerplexityByLength", "Protocol", "Tally", "bin_edges", "perplexity_by_length", "require_stride"]
@@ -222,9 +222,7 @@ def perplexity_by_length(
         for document, plan in zip(found, plans, strict=True):
             rows = [Tally(0.0, 0, None if document.bytes is None else 0) for _ in spans]
             for w in plan:
-                if per_length:
-                    # transformers' own dynamic module keeps the longest pass's frequencies until a short one comes.
-                    token_losses(model, document.tokens[:2])
+                forget_length(model)
                 report = _share_of(progress, done, w.end - w.start, total)
                 first = min(start for _, start, _ in w.scored)
                 ids = document.window(w.start, w.end)
