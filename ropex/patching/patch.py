@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from ropex._checks import require_choice
+from ropex._checks import require_choice, require_int
 from ropex.kernels import Angles
 from ropex.patching import files
 from ropex.patching.config import own_configs
@@ -187,6 +187,7 @@ def patch(
     require_choice("precision", precision, get_args(Precision))
     require_choice("sliding", sliding, get_args(Sliding))
     require_choice("on_scaled", on_scaled, get_args(OnScaled))
+    require_int("seed", seed, minimum=0, remedy="pass the run's seed")
     model_name = type(model).__name__
     if found := find_patched(model):
         raise ValueError(
