@@ -9,15 +9,14 @@ that was killed goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
 
 import ropex
 from benchmarks import RESULTS
+from ropex.cli.console import progress_bar
 from ropex.evaluation import compare_methods, documents
 from ropex.evaluation.loading import load_model, load_texts
 from ropex.evaluation.plots import plot_perplexity
@@ -72,22 +71,6 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / f"{name}.json", {"factor": options.factor, **result})
     plot_perplexity(options.out / f"{name}.png", result)
-
-
-class progress_bar:
-    """One bar over all parts, with the time left."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns)
-
-    def __enter__(self) -> Callable[[str, float], None]:
-        self._progress.start()
-        bar = self._progress.add_task("", total=1.0)
-        return lambda title, done: self._progress.update(bar, description=title, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 import ropex
 from benchmarks import RESULTS
-from benchmarks.perplexity import PARTS, progress_bar, training_free
+from benchmarks.perplexity import PARTS, training_free
+from ropex.cli.console import progress_bar
 from ropex.evaluation import compare_methods
 from ropex.evaluation.loading import load_model
 from ropex.evaluation.results import write_json

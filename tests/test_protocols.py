@@ -250,7 +250,7 @@ def copying_model() -> nn.Module:
 
 
 def test_long_ppl_finds_the_tokens_that_need_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ropex.evaluation.losses.depends_on_length", lambda model: False)
+    monkeypatch.setattr("ropex.evaluation.key_tokens.depends_on_length", lambda model: False)
     distance = TRAINED_LENGTH // 2
     tokens = tiny_tokens(600)[0]
     copies = torch.arange(300, 600, 10)

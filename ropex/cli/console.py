@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ropex._version import __version__
 
-__all__ = ["app", "clear_errors", "log", "out", "say", "split"]
+__all__ = ["app", "clear_errors", "log", "out", "progress_bar", "say", "split"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 out = Console() if sys.stdout.isatty() else Console(width=160)
@@ -61,3 +63,23 @@ def split(names: str, what: str = "methods") -> list[str]:
         one = what.removesuffix("s")
         raise ValueError(f"{what}={names!r}: must not repeat a {one}; remove the second one")
     return found
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, float], None]]:
+    """One bar over all parts, which names the one at hand."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=log) as progress:
+        whole = progress.add_task("", total=1.0)
+
+        def report(title: str, done: float) -> None:
+            progress.update(whole, description=title, completed=done)
+
+        yield report

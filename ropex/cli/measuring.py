@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -11,11 +9,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import ropex
-from ropex.cli.console import app, clear_errors, log, say, split
+from ropex.cli.console import app, clear_errors, log, progress_bar, say, split
 from ropex.cli.console import out as console
 from ropex.cli.job import Job, read_job
 from ropex.cli.tables import perplexity_table, retrieval_results, retrieval_rows, retrieval_table
@@ -205,9 +202,10 @@ def probe(
     out: Out = None,
 ) -> None:
     """Precision: how far a model's predictions move when a text stands at other positions."""
-    if not all(shift.isdecimal() for shift in split(shifts, "shifts")):
+    parts = split(shifts, "shifts")
+    if not all(part.isdecimal() for part in parts):
         raise ValueError(f"shifts={shifts!r}: must be tokens such as 16,4096; pass whole numbers")
-    moved = [int(shift) for shift in split(shifts, "shifts")]
+    moved = [int(part) for part in parts]
     job = Job(
         model=model, text=text, methods="none", length=length, bins="1", dtype=dtype.value, device=device, out=out
     )
@@ -217,7 +215,7 @@ def probe(
     loaded = _load(job)
     document = _documents(job, texts, loaded)[0]
     geometry = ropex.inspect(loaded.model).geometry
-    with _bar() as progress:
+    with progress_bar() as progress:
         rows = shift_deviation(loaded.model, document.tokens, moved, progress=lambda done: progress("passes", done))
     angles = {}
     for length in (geometry.trained_length, *moved):
@@ -255,7 +253,7 @@ def _run(job: Job, command: str) -> None:
     if found:
         say(f"{texts.title}: {len(found)} x {job.length} tokens, protocol {job.protocol}, {job.dtype} on {job.device}")
     say(f"results go to {folder}; if this is interrupted, --out {folder} goes on from there")
-    with _bar() as progress:
+    with progress_bar() as progress:
         result = compare_methods(
             loaded.model,
             job.schedules,
@@ -328,23 +326,3 @@ def _documents(job: Job, texts: Texts, loaded: LoadedModel) -> list[Document]:
         return documents(texts.texts, loaded.tokenizer, length=job.length, limit=job.documents, names=texts.names)
     except ValueError as error:
         raise ValueError(f"{texts.title}: {error}") from error
-
-
-@contextmanager
-def _bar() -> Iterator[Any]:
-    """One bar over all parts, which names the one at hand."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=log) as progress:
-        whole = progress.add_task("", total=1.0)
-
-        def report(title: str, done: float) -> None:
-            progress.update(whole, description=title, completed=done)
-
-        yield report

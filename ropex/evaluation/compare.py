@@ -48,6 +48,14 @@ class _Method(NamedTuple):
         return patch(model, on_scaled="keep") if depends_on_length(model) else nullcontext()
 
 
+class _Drawn(NamedTuple):
+    """The texts of one number and length, and a digest of all that is asked of them."""
+
+    number: int
+    samples: Sequence[Sample]
+    digest: str
+
+
 class _Cell(NamedTuple):
     """A part that is measured and kept by itself."""
 
@@ -119,20 +127,23 @@ def compare_methods(
     methods.append(_Method(TRUNCATED, None, inspection.length, on_scaled))
     store = Cells(None if cells is None else Path(cells), {"model": fingerprint(model), "ropex": __version__})
     edges = bin_edges(bins, min(map(len, found))) if found else []
+    digests = [_document_digest(document) for document in found]
     perplexity = {
-        method.name: [_perplexity_cell(model, method, document, protocol, edges, stride) for document in found]
+        method.name: [
+            _perplexity_cell(model, method, document, digest, protocol, edges, stride)
+            for document, digest in zip(found, digests, strict=True)
+        ]
         for method in methods
     }
     numbers = list(itertools.product(range(samples), lengths))
-    drawn = {
-        task: [find_task(task).samples(tokenizer, length, depths, number=n, seed=seed) for n, length in numbers]
-        for task in tasks
-    }
+    drawn: dict[str, list[_Drawn]] = {task: [] for task in tasks}
+    for task, (number, length) in itertools.product(tasks, numbers):
+        made = find_task(task).samples(tokenizer, length, depths, number=number, seed=seed)
+        drawn[task].append(_Drawn(number, made, _samples_digest(made)))
     retrieval = {
         task: {
             method.name: [
-                _retrieval_cell(model, tokenizer, method, find_task(task), number, made, scoring)
-                for (number, _), made in zip(numbers, drawn[task], strict=True)
+                _retrieval_cell(model, tokenizer, method, find_task(task), each, scoring) for each in drawn[task]
             ]
             for method in methods
         }
@@ -209,12 +220,11 @@ def _perplexity_cell(
     model: nn.Module,
     method: _Method,
     document: Document,
+    digest: str,
     protocol: Protocol,
     edges: list[int],
     stride: int,
 ) -> _Cell:
-    counts = None if document.bytes is None else document.bytes.tolist()
-    digest = _digest(repr((document.tokens.tolist(), document.bos, counts)).encode())
     steps = f" stride {stride}" if protocol in ("press", "window_mean") else ""
 
     def measure(report: Progress | None) -> dict[str, Any]:
@@ -232,24 +242,33 @@ def _retrieval_cell(
     tokenizer: Any,
     method: _Method,
     task: Task,
-    number: int,
-    made: Sequence[Sample],
+    drawn: _Drawn,
     scoring: Scoring,
 ) -> _Cell:
+    number, made, digest = drawn
+
     def measure(report: Progress | None) -> list[dict[str, Any]]:
         with method.applied(model):
             records = ask(model, tokenizer, task, made, number, scoring=scoring, window=method.window, progress=report)
         return [asdict(record) for record in records]
 
-    asked = repr([(sample.context.tolist(), sample.bos, sample.questions) for sample in made])
     length = made[0].length
-    key = f"{task.name}, {length} tokens, sample {number}, {_digest(asked.encode())}, {scoring}, {method.key}"
+    key = f"{task.name}, {length} tokens, sample {number}, {digest}, {scoring}, {method.key}"
     cost = float(length) * (1 if task.shared else len(made))
     return _Cell(key, f"{task.name} at {length:,}, {method.name}", cost, measure)
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _document_digest(document: Document) -> str:
+    counts = None if document.bytes is None else document.bytes.tolist()
+    return _digest((document.tokens.tolist(), document.bos, counts))
+
+
+def _samples_digest(samples: Sequence[Sample]) -> str:
+    return _digest([(sample.context.tolist(), sample.bos, sample.questions) for sample in samples])
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> PerplexityByLength:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ropex._checks import require_int, require_number
 from ropex.evaluation.documents import Document, as_documents
 from ropex.evaluation.losses import evaluating, forget_length, token_losses, vocabulary_size
+from ropex.patching import depends_on_length
 
 __all__ = ["KeyTokenPerplexity", "long_ppl"]
 
@@ -113,17 +114,19 @@ def long_ppl(
 def _long(model: nn.Module, document: Document, first: int, chunk: int) -> Tensor:
     """The losses from `first` on, in one pass."""
     with evaluating(model):
-        forget_length(model)
+        if depends_on_length(model):
+            forget_length(model)
         return token_losses(model, document.tokens, first=first, chunk=chunk)
 
 
 def _short(model: nn.Module, document: Document, window: int, stride: int, chunk: int) -> Tensor:
     """The same tokens' losses, each from a window that ends at most `stride` tokens later."""
-    losses = []
+    losses, per_length = [], depends_on_length(model)
     with evaluating(model):
         for reached in range(window, len(document), stride):
             end = min(reached + stride, len(document))
-            forget_length(model)
+            if per_length:
+                forget_length(model)
             ids = document.window(end - window, end)
             losses.append(token_losses(model, ids, first=window - end + reached, chunk=chunk, where=end - window))
     return torch.cat(losses)

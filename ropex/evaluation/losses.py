@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ropex.patching import depends_on_length
-
 __all__ = [
     "Progress",
     "evaluating",
@@ -80,12 +78,11 @@ def last_logits_only(model: nn.Module) -> Iterator[list[tuple[Tensor, torch.auto
 
 
 def forget_length(model: nn.Module) -> None:
-    """Lead a model whose frequencies depend on the length back to short ones.
+    """Lead a model whose frequencies depend on the length back to those of a short one.
 
     transformers' own dynamic module keeps those of the longest pass until a short one comes.
     """
-    if depends_on_length(model):
-        token_losses(model, torch.zeros(2, dtype=torch.int64))
+    token_losses(model, torch.zeros(2, dtype=torch.int64))
 
 
 def token_losses(

@@ -222,7 +222,8 @@ def perplexity_by_length(
         for document, plan in zip(found, plans, strict=True):
             rows = [Tally(0.0, 0, None if document.bytes is None else 0) for _ in spans]
             for w in plan:
-                forget_length(model)
+                if per_length:
+                    forget_length(model)
                 report = _share_of(progress, done, w.end - w.start, total)
                 first = min(start for _, start, _ in w.scored)
                 ids = document.window(w.start, w.end)

@@ -39,6 +39,7 @@ class Reader:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._device = next(model.parameters()).device
+        self._cache_argument = cache_argument(model)
         self._read = torch.empty(0, dtype=torch.int64)
         self._cache: Any = None
 
@@ -99,7 +100,7 @@ class Reader:
         return cache_of(output), output.logits[0].float().cpu()
 
     def _pass(self, tokens: Tensor, cache: Any) -> Any:
-        given = {} if cache is None else {cache_argument(self._model): cache}
+        given = {} if cache is None else {self._cache_argument: cache}
         return self._model(input_ids=tokens[None].to(self._device), use_cache=True, **given)
 
 
