@@ -20,8 +20,8 @@ __all__ = ["RotaryEmbedding"]
 class RotaryEmbedding(nn.Module):
     """Asks a schedule for the rotation of each forward pass.
 
-    Call it once per pass and hand its answer to every layer's `ropex.rotate`. Its frequencies keep their precision
-    whatever `.to(torch.bfloat16)` does. Parameters it has only with a learned schedule (`clex`), and of its own in the
+    Call it once per pass and hand its answer to every layer's `ropex.rotate`. Its frequencies are no buffer, so that
+    nothing that casts a model's buffers can round them. Parameters it has only with a learned schedule (`clex`), and of its own in the
     state_dict only `step`, where the schedule draws.
 
     In training mode a schedule that draws gets one key per row of the positions, made from the seed, the step, and the
@@ -41,8 +41,6 @@ class RotaryEmbedding(nn.Module):
         torch.Size([32])
     """
 
-    inv_freq: Tensor
-    pinned: Tensor
     step: Tensor
     schedule: FrequencySchedule
 
@@ -71,15 +69,19 @@ class RotaryEmbedding(nn.Module):
         self.data_rank = data_rank
         self.pinned_length: int | None = None
         self._kept: tuple[tuple[Any, ...], Rotation] | None = None
-        self._fill(torch.get_default_device())
+        with torch.inference_mode(False):  # as above
+            self.inv_freq = geometry.inv_freq(torch.get_default_device())
+            self.pinned = torch.tensor(0, device=torch.get_default_device())
         if self.schedule.augments:
             with torch.inference_mode(False):
                 self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, positions: Tensor) -> Rotation:
+    def forward(self, positions: Tensor, length: Tensor | None = None) -> Rotation:
         """The rotation of these positions, int64 [batch, seq].
 
-        The context length that a length-dependent schedule serves is each row's largest position + 1, unless pinned.
+        Args:
+            length: int64 [batch], the context length in tokens that a length-dependent schedule serves; None: each
+                row's largest position + 1. A pinned length goes before both.
         """
         if positions.dim() != 2 or positions.is_floating_point():
             raise ValueError(
@@ -87,13 +89,20 @@ class RotaryEmbedding(nn.Module):
                 "are not supported"
             )
         positions = positions.to(torch.int64)
-        # The buffers are where the module was moved to, which need not be where its caller computes.
+        if self.schedule.augments and self.step.dtype != torch.int64:
+            raise RuntimeError(
+                f"step has become {self.step.dtype}: must be int64, or what is drawn would repeat; something cast every "
+                "buffer of the model; cast floating-point tensors alone, as model.to(dtype) does"
+            )
+        if self.inv_freq.device != positions.device and not torch.compiler.is_compiling():
+            self._move(positions.device)
+        # In a compiled pass they may still be elsewhere.
         pinned, inv_freq = self.pinned.to(positions.device), self.inv_freq.to(positions.device)
         if pinned.dim():
             positions, pinned = self._rows(positions, pinned)
         if (kept := self._kept_rotation(positions)) is not None:
             return kept
-        length = torch.where(pinned > 0, pinned, positions.amax(dim=-1) + 1)
+        length = torch.where(pinned > 0, pinned, positions.amax(dim=-1) + 1 if length is None else length)
         key = self._keys(positions) if self.training and self.schedule.augments else None
         rotation = self.schedule.rotation(Request(self.geometry, positions, length, self.training, key, inv_freq))
         if (version := self._version_under_pin(positions)) is not None and rotation.positions is positions:
@@ -119,7 +128,7 @@ class RotaryEmbedding(nn.Module):
             self.pinned.fill_(length or 0)  # in place, so that a captured graph sees it
             return
         device = self.pinned.device
-        with torch.inference_mode(False):  # as in `_fill`
+        with torch.inference_mode(False):  # as in `_move`
             self.pinned = torch.tensor(length or 0, device=device) if rows is None else rows.to(torch.int64).clone()
 
     def _rows(self, positions: Tensor, pinned: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,23 +183,18 @@ class RotaryEmbedding(nn.Module):
             state_dict.pop(prefix + "step", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _fill(self, device: torch.device) -> None:
+    def _move(self, device: torch.device) -> None:
+        """Make the frequencies anew where they are needed, and take along what is pinned."""
         with torch.inference_mode(False):  # a tensor made in inference mode could not be pinned or trained with later
-            inv_freq = self.geometry.inv_freq(device)
-            pinned = torch.tensor(self.pinned_length or 0, device=device)  # rows are pinned for one generation
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("pinned", pinned, persistent=False)
+            self.inv_freq = self.geometry.inv_freq(device)
+            unset = self.pinned.is_meta
+            self.pinned = torch.tensor(self.pinned_length or 0, device=device) if unset else self.pinned.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        # A cast would round the frequencies, `to_empty` would leave them unset, and not every device has float64:
-        # they do not take part, and are made anew where the module now is.
-        del self.inv_freq
         self._kept = None
         unset = self.schedule.augments and self.step.is_meta
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._fill(self.pinned.device)
-            if unset:
-                self.step.zero_()
+        super()._apply(fn, recurse)
+        self._move(fn(self.pinned).device)
+        if unset:
+            self.step.zero_()
         return self

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dis
 import functools
 import inspect
 import re
-import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ropex.patching.config import text_config
+from ropex.patching.dry import bare_class
 
-__all__ = ["Attention", "norm_follows", "rotary_functions", "uses_tables", "window_of"]
+__all__ = ["Attention", "norm_follows", "rotary_functions", "settings_under", "window_of"]
 
 _ROTARY = re.compile(r"apply\w*(rotary|rope)")
 _INTERFACE = ("ALL_ATTENTION_FUNCTIONS", "eager_attention_forward")
@@ -63,11 +61,14 @@ def calls_interface(cls: type[nn.Module]) -> bool:
     return _INTERFACE[0] in inspect.unwrap(cls.forward).__code__.co_names
 
 
-def window_of(module: nn.Module, config: Any, path: str) -> tuple[str | None, int | None]:
+def window_of(module: nn.Module, config: Any, path: str, mask: str | None) -> tuple[str | None, int | None]:
     """The layer's type, and how many tokens it sees: None, all of them.
 
-    An attention's own `sliding_window` says it best; else the type of its layer; else the config's window, which in
-    the oldest families holds for all layers.
+    What made the attention's mask says it best; else its own `sliding_window`; else the type of its layer; else the
+    config's window, which in the oldest families holds for all layers, where the code of the attention reads it.
+
+    Args:
+        mask: the name of the function that made the mask in a dry pass; None: it was not seen.
     """
     config = text_config(config)
     index = getattr(module, "layer_idx", None)
@@ -76,17 +77,28 @@ def window_of(module: nn.Module, config: Any, path: str) -> tuple[str | None, in
     types = getattr(config, "layer_types", None)
     layer_type = types[index] if types and index is not None and index < len(types) else None
     layer_type = getattr(module, "attention_type", getattr(module, "layer_type", None)) or layer_type
+    if not isinstance(layer_type, str):
+        layer_type = None
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention"))
-    window = next((each for each in windows if isinstance(each, int)), None)
-    if hasattr(module, "sliding_window"):
-        own = module.sliding_window
-        return layer_type, int(own) if own is not None else None  # type: ignore[arg-type]
+    stated = next((each for each in windows if isinstance(each, int)), None)
+    own = getattr(module, "sliding_window", None)
     if isinstance(pair := getattr(module, "local_attention", None), tuple):  # tokens on both sides
         return layer_type, None if -1 in pair else sum(pair) + 1
+    if mask is not None:
+        slides = any(word in mask for word in _SLIDING_TYPES)
+        return layer_type, (int(own) if isinstance(own, int) else stated) if slides else None
+    if hasattr(module, "sliding_window"):
+        return layer_type, int(own) if own is not None else None
     if layer_type is not None:
-        return layer_type, window if any(word in layer_type for word in _SLIDING_TYPES) else None
-    used = getattr(config, "use_sliding_window", True) is not False
+        return layer_type, stated if any(word in layer_type for word in _SLIDING_TYPES) else None
+    used = getattr(config, "use_sliding_window", True) is not False and _reads_window(type(module))
     return None, getattr(config, "sliding_window", None) if used else None
+
+
+def _reads_window(cls: type[Any]) -> bool:
+    """Whether the code of the class asks for a window."""
+    code = inspect.unwrap(cls.forward).__code__
+    return any("sliding_window" in names for names in (code.co_names, code.co_consts, code.co_varnames))
 
 
 def norm_follows(module: nn.Module) -> bool:
@@ -110,107 +122,26 @@ def _norms_after(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(norms or ())
 
 
-@torch.no_grad()
-def uses_tables(module: nn.Module, config: Any, functions: tuple[str, ...], tables: tuple[Tensor, ...]) -> bool | None:
-    """Whether a copy of the attention without weights hands these cos and sin to one of its rotary functions.
-
-    Some layers of some models do not rotate, by a flag that no common name has. None where the copy cannot be run.
+def settings_under(module: nn.Module, config: Any, own: Any) -> dict[str, Any] | None:
+    """The plain settings that an attention of this class has when it is made from a config; None: it cannot be made.
 
     Args:
-        functions: the globals by which its forward calls rotary functions.
-        tables: [1, 2, width], as the model's own rotary module would give them.
+        own: the config that it was made from; what else its constructor takes is what the instance has.
     """
-    config = text_config(config)
-    for device in ("meta", "cpu"):  # some forwards ask for values, which only the second has: zeros
-        given = tuple(torch.zeros_like(table, device=device) for table in tables)
-        try:
-            copied = _light_copy(module, given, device)
-            inputs = _inputs(module, config, given, device)
-            with torch.device(device):
-                _stopping_forward(type(module), functions, given)(copied, **inputs)
-        except _Rotated:
-            return True
-        except Exception:  # perhaps the other device can
-            continue
-        return False
-    return None
-
-
-class _Rotated(Exception):
-    """A rotary function was called with the tables: nothing more is to be seen."""
-
-
-def _stopping_forward(
-    cls: type[nn.Module], functions: tuple[str, ...], tables: tuple[Tensor, ...]
-) -> Callable[..., Any]:
-    """The class's forward over rotary functions that stop it when they are given one of the tables, or a view of it."""
-
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        for given in (*args, *kwargs.values()):
-            if any(given is table or getattr(given, "_base", None) is table for table in tables):
-                raise _Rotated
-        return args[0] if len(args) < 2 else args[:2]
-
-    forward = inspect.unwrap(cls.forward)
-    replaced = {**forward.__globals__, **dict.fromkeys(functions, stop)}
-    stopping = types.FunctionType(forward.__code__, replaced, "forward", forward.__defaults__, forward.__closure__)
-    stopping.__kwdefaults__ = forward.__kwdefaults__
-    return stopping
-
-
-class _Gives(nn.Module):
-    """Stands for a rotary module inside an attention."""
-
-    def __init__(self, tables: tuple[Tensor, ...]) -> None:
-        super().__init__()
-        self.tables = tables
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tables[0] if len(self.tables) == 1 else self.tables
-
-
-def _light_copy(module: nn.Module, tables: tuple[Tensor, ...], device: str) -> nn.Module:
-    """A copy with plain linear layers and zeros for weights, whatever has quantised, wrapped or offloaded them."""
-    memo: dict[int, Any] = {}
-    for child in module.modules():
-        sizes = [getattr(child, name, None) for name in ("in_features", "out_features")]
-        if child is module:
-            continue
-        if "Rotary" in type(child).__name__:
-            memo[id(child)] = _Gives(tables)
-        elif all(isinstance(size, int) for size in sizes):
-            plain: Any = nn.Linear
-            memo[id(child)] = plain(*sizes, bias=False, device=device, dtype=torch.float32)
-    for tensor in (*module.parameters(), *module.buffers()):
-        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        memo[id(tensor)] = torch.zeros(tensor.shape, dtype=dtype, device=device)
-    moved = ("_hf_hook", "_old_forward", "forward")  # what accelerate puts on instances, to move weights about
-    for child in module.modules():
-        memo |= {id(vars(child)[name]): None for name in moved if name in vars(child)}
-    if (config := vars(module).get("config")) is not None:
-        memo[id(config)] = config
-    copied = copy.deepcopy(module, memo)
-    for child in copied.modules():
-        for name in moved:
-            vars(child).pop(name, None)
-        for hooks in (child._forward_pre_hooks, child._forward_hooks):
-            hooks.clear()
-    return copied.eval()
-
-
-def _inputs(module: nn.Module, config: Any, tables: tuple[Tensor, ...], device: str) -> dict[str, Any]:
-    given: Any = _Gives(tables)()
-    known = {
-        "hidden_states": torch.zeros(1, 2, config.hidden_size, device=device),
-        "position_embeddings": given,
-        "cos_sin": given,
-        "position_ids": torch.zeros(1, 2, dtype=torch.int64, device=device),
-        "shared_kv_states": {},
-    }
-    inputs = {}
-    for name, parameter in inspect.signature(type(module).forward).parameters.items():
-        if name in known:
-            inputs[name] = known[name]
-        elif parameter.default is parameter.empty and name != "self" and parameter.kind is not parameter.VAR_KEYWORD:
-            inputs[name] = None
-    return inputs
+    cls = bare_class(module)
+    given: dict[str, Any] = {}
+    for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+        if name == "config":
+            given[name] = config
+        elif hasattr(module, name):
+            given[name] = getattr(module, name)
+        elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            return None
+    if "config" not in given or getattr(module, "config", own) is not own:
+        return None
+    try:
+        with torch.device("meta"):
+            made = cls(**given)
+    except Exception:  # a constructor that takes more than its signature says
+        return None
+    return {name: value for name, value in vars(made).items() if isinstance(value, bool | int | float | str)}

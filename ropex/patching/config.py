@@ -15,8 +15,10 @@ __all__ = [
     "pretraining_length",
     "rope_parameters",
     "scaling_type",
+    "stated_length",
     "text_config",
     "unscaled",
+    "with_attributes",
     "with_parameters",
     "without_scaling",
 ]
@@ -34,6 +36,8 @@ _SCALING = {
     "mscale_all_dim",
 }
 _SCALING |= {"short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+_SCALING |= {"short_mscale", "long_mscale", "alpha", "finetuned", "attn_factor"}
+_PLACES = {"rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}  # which channels turn, by what
 _PLAIN = ("default", "proportional", "mrope")  # some pairs may stand still or follow another axis; none is scaled
 
 
@@ -68,8 +72,10 @@ def rope_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any
     if parameters is None:
         parameters = dict(getattr(config, "rope_scaling", None) or {})
         parameters.setdefault("rope_theta", getattr(config, "rope_theta", None))
-    elif layer_type is not None and isinstance(parameters.get(layer_type), dict):
+    elif layer_type is not None and layer_type in parameters:
         parameters = parameters[layer_type]
+        if parameters is None:
+            raise UnsupportedModelError(f"{name} has no rotary parameters for its layers of the type {layer_type}")
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UnsupportedModelError(
             f"{name} has rotary parameters per layer type ({', '.join(parameters)}) but its rotary module is not told "
@@ -93,15 +99,28 @@ def pretraining_length(config: Any, layer_type: str | None = None) -> int | None
     """The context length of pretraining, in tokens; None where the config does not tell.
 
     With `linear` it does not: transformers documents that max_position_embeddings stays, and many configs raise it.
-    What ropex notes in the config of a model that it patched says it, too, also where no scaling could be written.
+    Nor with a fixed `alpha`. What ropex notes in the config of a model that it patched says it, too, also where no
+    scaling could be written.
     """
+    if (stated := stated_length(config, layer_type)) is not None:
+        return stated
+    scaling = scaling_type(config, layer_type)
+    # dynamic extends what max_position_embeddings says
+    says = scaling is None or (scaling == "dynamic" and not rope_parameters(config, layer_type).get("alpha"))
+    return int(config.max_position_embeddings) if says else None
+
+
+def stated_length(config: Any, layer_type: str | None = None) -> int | None:
+    """The context length of pretraining where the config has a word for it, and not only max_position_embeddings."""
     if (noted := getattr(config, "ropex", None)) is not None:
-        return int(noted["trained_length"])
-    parameters = rope_parameters(config, layer_type)
-    if scaling_type(config, layer_type) in (None, "dynamic"):  # dynamic extends what max_position_embeddings says
-        return int(config.max_position_embeddings)
-    stated = parameters.get("original_max_position_embeddings")
-    length = stated or getattr(config, "original_max_position_embeddings", None)
+        length = noted["trained_length"]
+    elif (chunks := getattr(config, "dual_chunk_attention_config", None)) is not None:
+        length = chunks.get("original_max_position_embeddings")
+    elif scaling_type(config, layer_type) in (None, "dynamic"):  # which transformers counts from the maximum
+        length = None
+    else:
+        stated = rope_parameters(config, layer_type).get("original_max_position_embeddings")
+        length = stated or getattr(config, "original_max_position_embeddings", None)
     return int(length) if length is not None else None
 
 
@@ -112,29 +131,55 @@ def unscaled(config: Any, layer_type: str | None = None) -> Any:
     if parameters is None:
         config.rope_scaling = None
         return config
-    plain = {**without_scaling(rope_parameters(config, layer_type)), "rope_type": "default"}
     nested = layer_type is not None and isinstance(parameters.get(layer_type), dict)
+    before = parameters[layer_type] if nested else parameters
+    plain = {**_beside(before), **without_scaling(rope_parameters(config, layer_type)), "rope_type": "default"}
     config.rope_parameters = {**parameters, layer_type: plain} if nested else plain
     return config
 
 
 def with_parameters(
-    config: Any, parameters: dict[str, Any], layer_type: str | None, trained_length: int
+    config: Any, parameters: dict[str, Any], layer_type: str | None, trained_length: int, *, widened: bool = False
 ) -> dict[str, Any]:
     """The attributes, with their values, by which a config of this version of transformers says these parameters.
 
     What is not scaling stays. Some configs state the pretraining length outside of the parameters, too.
+
+    Args:
+        widened: the parameters are those of the scaling that the config carries, with another factor: its other words
+            stay, such as `mscale_all_dim`, which attentions read.
     """
     stated = {"original_max_position_embeddings": trained_length}
     outside = stated if hasattr(config, "original_max_position_embeddings") else {}
     before = _words_of_5(config)
     if before is None:
         legacy = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        if widened:
+            legacy = {**(getattr(config, "rope_scaling", None) or {}), **legacy}
         return {"rope_scaling": None if legacy["rope_type"] == "default" else legacy, **outside}
     nested = layer_type is not None and isinstance(before.get(layer_type), dict)
     flat = before[layer_type] if nested else before
-    flat = {**without_scaling(flat), **parameters}
+    flat = {**(flat if widened else _beside(flat)), **parameters}
     return {"rope_parameters": {**before, layer_type: flat} if nested else flat, **outside}
+
+
+def with_attributes(config: Any, attributes: dict[str, Any]) -> Any:
+    """A copy of the config with other attributes."""
+    config = copy.deepcopy(config)
+    for key, value in attributes.items():
+        setattr(config, key, value)
+    return config
+
+
+def _beside(parameters: dict[str, Any]) -> dict[str, Any]:
+    """What rotary parameters say beside the scaling, with the pretraining length where a word may count from it.
+
+    So does the temperature by position of Ministral 3, Mistral 4 and their kin, in every forward.
+    """
+    beside = without_scaling(parameters)
+    length = parameters.get("original_max_position_embeddings")
+    counting = length is not None and not set(beside) <= _PLACES
+    return {**beside, "original_max_position_embeddings": length} if counting else beside
 
 
 def without_scaling(parameters: dict[str, Any]) -> dict[str, Any]:

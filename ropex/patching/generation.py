@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,17 +16,19 @@ from ropex.patching.module import PatchedRotary
 from ropex.patching.swap import generated_class
 
 __all__ = [
-    "Pinning",
+    "Owned",
     "cache_argument",
     "cache_of",
-    "can_pin",
+    "can_own",
     "mark_cache",
     "note_reentrant",
-    "pinning_class",
+    "owned_class",
     "require_evaluation",
     "require_growing_cache",
     "require_one_length",
 ]
+
+_log = logging.getLogger("ropex")
 
 # transformers 5.24 renamed it, in what a forward takes and in what it gives.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -167,11 +170,12 @@ def _tokens_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 _BEYOND = ("streamer", "return_dict_in_generate", *CACHE_NAMES, "assistant_model", "inputs_embeds")
 
 
-# --- generate ---------------------------------------------------------------------------------------------------------
+# --- the model itself ---------------------------------------------------------------------------------------------------------
 
 
-class Pinning:
-    """Marks the generated class of a model whose `generate` pins the length of each generation by itself."""
+class Owned:
+    """Marks the generated class of a patched model: its `generate` pins the length of each generation by itself, and
+    its `save_pretrained` says what the config cannot."""
 
     ropex_made_from: type[Any]
 
@@ -180,22 +184,23 @@ class Pinning:
 
 
 def _new(base: Any) -> Any:
-    return object.__new__(pinning_class(base))
+    return object.__new__(owned_class(base))
 
 
-def can_pin(module: nn.Module) -> bool:
-    """Whether it generates itself, and does not pass that on to a model that it wraps."""
-    return hasattr(type(module), "generate") and hasattr(type(module), "_prepare_generated_length")
+def can_own(module: nn.Module) -> bool:
+    """Whether it is a model of transformers, and not one that wraps another."""
+    return all(hasattr(type(module), name) for name in ("save_pretrained", "_prepare_generated_length"))
 
 
 @functools.cache
-def pinning_class(base: Any) -> type[Any]:
+def owned_class(base: Any) -> type[Any]:
     """The subclass of a model's class that pins prompt plus new tokens while it generates."""
 
     @functools.wraps(base.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched = patched_in(self)
-        if not patched:  # the part that runs the layers was unpatched alone
+        # The part that runs the layers may have been unpatched alone.
+        if not patched or not patched[0].rope.schedule.length_dependent:
             return base.generate(self, *args, **kwargs)
         if patched[0].rope.pinned_length is None:
             with _generating(patched, {"mask": kwargs.get("attention_mask")}):
@@ -214,9 +219,20 @@ def pinning_class(base: Any) -> type[Any]:
             _note_length(patched, run, config, given)
         return config
 
-    return generated_class(
-        base, Pinning, {"generate": generate, "_prepare_generated_length": prepare, "ropex_made_from": base}
-    )
+    @functools.wraps(base.save_pretrained)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched = patched_in(self)
+        if patched and patched[0].written is None:
+            _log.warning(
+                "no config can say %r: plain transformers will load this checkpoint without it, at the model's own "
+                "%d tokens; call Patch.save on the same directory and load it with ropex.load, or use ropex export",
+                patched[0].rope.schedule,
+                patched[0].config.max_position_embeddings,
+            )
+        return base.save_pretrained(self, *args, **kwargs)
+
+    replaced = {"generate": generate, "_prepare_generated_length": prepare, "save_pretrained": save_pretrained}
+    return generated_class(base, Owned, {**replaced, "ropex_made_from": base})
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from ropex.kernels import Angles
-from ropex.patching.attention import window_of
 from ropex.patching.config import text_config
 from ropex.patching.detect import examine, find_active
 from ropex.patching.swap import Swap, channels_of
@@ -46,9 +45,11 @@ class Inspection:
         model: the model's class.
         patched: whether ropex rotates it.
         geometry: how it was pretrained.
-        schedule: what it follows; None where the model is not patched.
+        schedule: what it follows: by the patch, or by the model's own config; None where no reading of the config
+            makes the model's cos and sin.
         scaling: the type of scaling that its own config carries, or None. A patch overrides it.
         length: the context length that it is meant to reach, in tokens.
+        length_known: whether the pretraining length is known; the geometry has the config's maximum otherwise.
         pinned_length: the length that every pass is served for, or None.
         attentions: the number of attention modules that rotate.
         rotary: the name of its rotary module.
@@ -58,6 +59,8 @@ class Inspection:
         kinds: what differs from layer to layer.
         written: the type under which the config of a patched model says what the patch does, so that plain
             transformers does the same with a saved checkpoint; None where it cannot: `Patch.save` and `ropex export`.
+        notes: what else a user should know of the model.
+        steps: what each step of detection saw, of a model that is not patched.
     """
 
     model: str
@@ -75,16 +78,22 @@ class Inspection:
     precision: str
     kinds: tuple[LayerKind, ...]
     written: str | None
+    length_known: bool = True
+    notes: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        factor = self.length / self.geometry.trained_length
-        in_effect = repr(self.schedule) if self.schedule is not None else f"transformers' {self.scaling or 'default'}"
+        trained = self.geometry.trained_length
+        relative = f"{self.length / trained:g} x the trained {trained}" if self.length_known else "trained at fewer"
+        in_effect = repr(self.schedule) if self.patched else f"transformers' {self.scaling or 'default'}"
+        if not self.patched and self.scaling is not None:
+            in_effect += f", {self.schedule!r}" if self.schedule is not None else ", which ropex does not read"
         rows = {
             "model": f"{self.model}, {self.attentions} attention modules, rotary module {self.rotary}",
             "patched": "yes" if self.patched else "no",
             "schedule": in_effect,
             "geometry": f"rotary dimension {self.geometry.dim}, base {self.geometry.base:g}",
-            "length": f"{self.length} tokens, {factor:g} x the trained {self.geometry.trained_length}",
+            "length": f"{self.length} tokens, {relative}",
             "angles": f"{self.angles}, scores in {'float32' if self.precision == 'float32' else 'the model dtype'}",
             "layout": f"tables {self.table_layout}, channels {self.channel_layout}",
         }
@@ -96,8 +105,9 @@ class Inspection:
         if len(self.kinds) > 1 or self.kinds[0].window is not None:
             for kind in self.kinds:
                 sees = "all tokens" if kind.window is None else f"a window of {kind.window} tokens"
-                follows = kind.schedule if kind.schedule is not None else "transformers"
+                follows = kind.schedule if self.patched else f"transformers, {kind.schedule}"
                 rows[f"{kind.layers} x {kind.name}"] = f"{sees}, base {kind.geometry.base:g}, {follows}"
+        rows |= {f"note {number}": note for number, note in enumerate(self.notes, 1)}
         width = max(9, *map(len, rows))
         return "\n".join(f"{name:<{width}} {value}" for name, value in rows.items())
 
@@ -114,12 +124,11 @@ def inspect(model: nn.Module) -> Inspection:
     patched = spots[0].patched
     rope, config = patched.rope, patched.original.config
     kinds: dict[tuple[Any, ...], int] = {}
-    for path, module in model.named_modules():
+    for module in model.modules():
         if (swap := getattr(type(module), "ropex_made_from", None)) is not None and isinstance(swap, Swap):
-            layer_type, window = window_of(module, getattr(module, "config", None) or config, path)
-            names = patched.tables.get(layer_type) or next(iter(patched.tables.values()))
+            names = patched.tables.get(swap.layer_type) or next(iter(patched.tables.values()))
             followed = patched.ropes[names[swap.table or 0]]
-            key = (layer_type or "all", window, followed.geometry, followed.schedule)
+            key = (swap.layer_type or "all", swap.window, followed.geometry, followed.schedule)
             kinds[key] = kinds.get(key, 0) + 1
     return Inspection(
         model=type(model).__name__,
@@ -127,7 +136,8 @@ def inspect(model: nn.Module) -> Inspection:
         geometry=rope.geometry,
         schedule=rope.schedule,
         scaling=patched.scaling,
-        length=config.max_position_embeddings,  # type: ignore[union-attr,arg-type]
+        length=patched.target,
+        length_known=patched.stated_length is not None,
         pinned_length=rope.pinned_length,
         attentions=sum(kinds.values()),
         rotary=spots[0].path,
@@ -147,21 +157,23 @@ def _tells(model: nn.Module, config: Any) -> bool:
 
 
 def _inspect_plain(model: nn.Module) -> Inspection:
-    anatomy = examine(model)
+    steps: list[str] = []
+    anatomy = examine(model, steps=steps)
     site = anatomy.sites[0]
     kinds: dict[tuple[Any, ...], int] = {}
     for attention in anatomy.attentions:
-        geometry = site.kind_for(attention.layer_type).geometry
-        key = (attention.layer_type or "all", attention.window, geometry, None)
+        kind = site.kind_for(attention.layer_type)
+        key = (attention.layer_type or "all", attention.window, kind.geometry, kind.own)
         kinds[key] = kinds.get(key, 0) + 1
     scaled = next((kind for kind in site.kinds if kind.scaling is not None), site.kinds[0])
     return Inspection(
         model=type(model).__name__,
         patched=False,
         geometry=scaled.geometry,
-        schedule=None,
+        schedule=scaled.own,
         scaling=scaled.scaling,
-        length=site.rotary.config.max_position_embeddings,  # type: ignore[union-attr,arg-type]
+        length=scaled.length,
+        length_known=scaled.length_known,
         pinned_length=None,
         attentions=len(anatomy.attentions),
         rotary=site.path,
@@ -171,6 +183,8 @@ def _inspect_plain(model: nn.Module) -> Inspection:
         precision="model",
         kinds=_layer_kinds(kinds),
         written=None,
+        notes=anatomy.notes,
+        steps=tuple(steps),
     )
 
 

@@ -59,6 +59,8 @@ class PatchedRotary(nn.Module):
         self.settings: dict[str, Any] = {}
         self.scaling: str | None = None
         self.written: str | None = None
+        self.target = 0
+        self.stated_length: int | None = None
         self.softmax_factor = 1.0
         self.outgrown = "error"
         self.generating: Any = None
@@ -71,15 +73,14 @@ class PatchedRotary(nn.Module):
         name = next((name for name in self.ropes if not name.endswith("kept")), next(iter(self.ropes)))
         return cast(RotaryEmbedding, self.ropes[name])
 
-    @property
-    def config(self) -> Any:
-        """The config that describes the original, for model code that asks its rotary module."""
-        return self.original.config
-
-    @property
-    def layer_types(self) -> Any:
-        """The layer types that the original has frequencies for, likewise."""
-        return self.original.layer_types
+    def __getattr__(self, name: str) -> Any:
+        """What model code reads of its rotary module besides tables, such as its config or sections, as it was."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "original" not in self.__dict__:
+                raise
+            return getattr(self.original, name)
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """Cos and sin, each [1 or batch, seq, half], for hidden states x and positions [1 or batch, seq].
@@ -126,19 +127,24 @@ class PatchedRotary(nn.Module):
 
     def _table(self, name: str, x: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rope = cast(RotaryEmbedding, self.ropes[name])
-        if positions.dim() == 3 and self.axes is not None:
-            axes = [self._table(name, x, each, dtype) for each in positions[: max(self.axes) + 1]]
-            follows = torch.tensor(self.axes, device=x.device)[None, None, None]
-            cos, sin = (torch.stack(each) for each in zip(*axes, strict=True))
-            index = follows.expand(1, *cos.shape[1:])
-            return cos.gather(0, index)[0], sin.gather(0, index)[0]
+        axes = positions if positions.dim() == 3 and self.axes is not None else None
+        length = None
+        if axes is not None:  # one context, whose length all axes make
+            positions, length = axes[0], axes.to(torch.int64).amax(dim=(0, 2)) + 1
         if self.training and rope.schedule.augments:  # what is drawn is drawn for each sample
             positions = positions.expand(x.shape[0], -1)
-        rotation = rope(positions)
+        rotation = rope(positions, length)
         if name in self.turning:
             mask = torch.tensor(self.turning[name], device=x.device)
             rotation = rotation._replace(inv_freq=rotation.inv_freq * mask)
-        return table(rotation, angles=self.angles, dtype=dtype)
+        if axes is None or self.axes is None:
+            return table(rotation, angles=self.angles, dtype=dtype)
+        moved = rotation.positions - positions  # what draws moves all axes alike
+        followed = [rotation._replace(positions=each + moved) for each in axes[: max(self.axes) + 1]]
+        tables = zip(*(table(each, angles=self.angles, dtype=dtype) for each in followed), strict=True)
+        cos, sin = (torch.stack(each) for each in tables)
+        index = torch.tensor(self.axes, device=x.device).expand(1, *cos.shape[1:])
+        return cos.gather(0, index)[0], sin.gather(0, index)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedRotary:
         was_meta = self.rope.inv_freq.is_meta

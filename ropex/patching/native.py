@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,43 +16,53 @@ from ropex.scaling import (
     FrequencySchedule,
     Llama3,
     LongRoPE,
+    NTKAware,
     PositionInterpolation,
     Unscaled,
     YaRN,
 )
 
-__all__ = ["divisors_of", "frozen_frequencies", "own_schedule", "written"]
+__all__ = ["divisors_of", "frozen_frequencies", "readings", "written"]
 
 _STANDS_STILL = 1e30  # the factor of a pair that does not turn: JSON has no infinity
 
 
-def own_schedule(config: Any, geometry: Geometry, layer_type: str | None = None) -> FrequencySchedule | None:
-    """The schedule of the scaling that the config carries, counted from the pretraining length; None: not known.
+def readings(config: Any, geometry: Geometry, layer_type: str | None = None) -> Iterator[FrequencySchedule]:
+    """What the scaling that a config carries may mean, the most literal reading first; the module tells which holds.
 
-    It follows transformers: a missing `factor` is the ratio of the lengths, `attention_factor` replaces the amplitude.
+    They follow transformers: a missing `factor` is the ratio of the lengths, `attention_factor` replaces the
+    amplitude. Some words have no effect in some modules. No reading: the type is not known, or a word is missing.
     """
     parameters = rope_parameters(config, layer_type)
     kind = scaling_type(config, layer_type)
     get: Callable[..., Any] = parameters.get
     factor = get("factor") or config.max_position_embeddings / geometry.trained_length
     if kind is None:
-        return Unscaled()
-    if kind == "linear":
-        return PositionInterpolation(factor=factor)
-    if kind == "dynamic":
-        return DynamicNTK(factor=factor)
-    if kind == "llama3":
-        return Llama3(factor, low_freq_factor=get("low_freq_factor"), high_freq_factor=get("high_freq_factor"))
-    if kind == "longrope":
-        short, long = (tuple(get(name)) for name in ("short_factor", "long_factor"))
-        return LongRoPE(factor, short_factors=short, long_factors=long, amplitude=get("attention_factor"))
-    if kind == "yarn":
+        yield Unscaled()
+    elif kind == "linear":
+        yield PositionInterpolation(factor=factor)
+    elif kind == "dynamic":
+        if get("alpha"):  # fixed, whatever the length; the factor is a dummy
+            yield NTKAware(factor=factor, alpha=get("alpha"))
+        yield DynamicNTK(factor=factor)
+    elif kind == "llama3":
+        yield Llama3(factor, low_freq_factor=get("low_freq_factor"), high_freq_factor=get("high_freq_factor"))
+    elif kind == "longrope":
+        short, long = (tuple(get(name) or ()) for name in ("short_factor", "long_factor"))
+        amplitude = get("attention_factor")
+        if (pair := (get("short_mscale"), get("long_mscale"))) != (None, None):
+            yield LongRoPE(factor, short_factors=short, long_factors=long, amplitude=pair)
+            # PhiMoE's module in transformers never takes the long factors.
+            yield LongRoPE(factor, short_factors=short, long_factors=short, amplitude=pair)
+        yield LongRoPE(factor, short_factors=short, long_factors=long, amplitude=amplitude)
+    elif kind == "yarn":
         betas: dict[str, Any] = {"beta_fast": get("beta_fast") or 32.0, "beta_slow": get("beta_slow") or 1.0}
-        options: dict[str, Any] = {"truncate": get("truncate", True), "amplitude": get("attention_factor")}
+        options: dict[str, Any] = {"amplitude": get("attention_factor")}
         if options["amplitude"] is None and get("mscale") and get("mscale_all_dim"):
             options |= {"mscale": get("mscale"), "mscale_all_dim": get("mscale_all_dim")}
-        return YaRN(factor, **betas, **options)
-    return None
+        # transformers looks for `truncate` beside the layer types, and not for each of them.
+        for truncate in dict.fromkeys((get("truncate", True), True, False)):
+            yield YaRN(factor, **betas, **options, truncate=truncate)
 
 
 def frozen_frequencies(
@@ -94,6 +104,7 @@ def written(
     length: int | None = None,
     *,
     own_types: bool = True,
+    mscales: bool = False,
 ) -> dict[str, Any]:
     """A schedule as transformers' `rope_parameters`, theta included: its own type where it has one, or `longrope`.
 
@@ -103,6 +114,8 @@ def written(
         turning: which pairs turn in the model itself, [half]; None: all.
         length: freeze a schedule that depends on the length, or one that is learned, at this many tokens.
         own_types: False: always `longrope`, the one type that some configs take.
+        mscales: whether `longrope` says its amplitude in the words `short_mscale` and `long_mscale`, too, the only ones
+            that PhiMoE, vLLM and SGLang read.
 
     Raises:
         ValueError: see `frozen_frequencies`.
@@ -123,12 +136,14 @@ def written(
         return {"rope_type": "yarn", **_yarn_options(schedule, geometry), **original, **theta}
     factors, amplitude = divisors_of(schedule, geometry, turning, length)
     target = length or schedule.target_length(geometry.trained_length)
+    both = {"short_mscale": amplitude, "long_mscale": amplitude} if mscales else {}
     return {
         "rope_type": "longrope",
         "factor": max(target / geometry.trained_length, 1.0),
         "short_factor": factors,
         "long_factor": factors,
         "attention_factor": amplitude,
+        **both,
         **original,
         **theta,
     }
@@ -151,7 +166,9 @@ def _yarn_options(schedule: YaRN, geometry: Geometry) -> dict[str, Any]:
     """What differs from transformers' defaults: engines read fewer names than transformers writes."""
     options: dict[str, Any] = {"factor": float(schedule.factor)}
     _, amplitude = frozen_frequencies(schedule, geometry)
-    if not math.isclose(amplitude, 0.1 * math.log(schedule.factor) + 1):
+    if schedule.mscale is not None:  # which DeepSeek and its kin read for their softmax scale, too
+        options |= {"mscale": float(schedule.mscale), "mscale_all_dim": float(schedule.mscale_all_dim or 0)}
+    elif not math.isclose(amplitude, 0.1 * math.log(schedule.factor) + 1):
         options["attention_factor"] = amplitude
     for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
         if getattr(schedule, name) != default:

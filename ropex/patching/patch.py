@@ -16,19 +16,20 @@ from ropex.kernels import Angles
 from ropex.patching import files
 from ropex.patching.config import own_configs
 from ropex.patching.detect import examine, find_patched
+from ropex.patching.dry import FirstPass
 from ropex.patching.generation import (
-    Pinning,
-    can_pin,
+    Owned,
+    can_own,
     mark_cache,
     note_reentrant,
-    pinning_class,
+    owned_class,
     require_evaluation,
     require_growing_cache,
     require_one_length,
 )
 from ropex.patching.module import PatchedRotary
 from ropex.patching.plan import Plan, Wish, plan_for
-from ropex.patching.swap import Rotating, rotating_class, swap_class
+from ropex.patching.swap import Rotating, class_without, rotating_class, swap_class
 from ropex.scaling import FrequencySchedule
 
 __all__ = ["OnScaled", "Patch", "Precision", "Sliding", "find_patch", "load", "patch", "unpatch"]
@@ -137,6 +138,7 @@ def patch(
     precision: Precision = "model",
     sliding: Sliding = "keep",
     on_scaled: OnScaled = "error",
+    trained_length: int | None = None,
     tokenizer: Any = None,
     seed: int = 0,
     data_rank: int | None = None,
@@ -167,6 +169,8 @@ def patch(
         on_scaled: what to do with a model whose config already carries a scaling: `error`; `replace` it, counting from
             the pretraining length; or `keep` the method that it carries, with its options, widened to the factor or
             length if one is given.
+        trained_length: the context length of pretraining in tokens, where the config does not tell it (it carries a
+            `linear` scaling, or a maximum that pretraining never reached).
         tokenizer: its `model_max_length` becomes the target length, until `remove()`.
         seed: of what a method draws in training (`clex`, `e2llm`, `pose`, `random_positions`).
         data_rank: this process's rank among those that train on different data; None: its rank in `torch.distributed`.
@@ -183,11 +187,18 @@ def patch(
         >>> patch(model, method="yarn", factor=8)  # doctest: +SKIP
         Patch(LlamaForCausalLM, YaRN(factor=8, ...))
     """
-    require_choice("angles", angles, get_args(Angles))
-    require_choice("precision", precision, get_args(Precision))
-    require_choice("sliding", sliding, get_args(Sliding))
-    require_choice("on_scaled", on_scaled, get_args(OnScaled))
-    require_int("seed", seed, minimum=0, remedy="pass the run's seed")
+    settings = {"angles": angles, "precision": precision, "sliding": sliding, "on_scaled": on_scaled, "seed": seed}
+    settings |= {"data_rank": data_rank, "trained_length": trained_length}
+    return _patched(model, Wish(method, factor, length, options, settings), tokenizer)
+
+
+def _patched(model: nn.Module, wish: Wish, tokenizer: Any) -> Patch:
+    """Plan a patch and do it."""
+    for name, choices in (("angles", Angles), ("precision", Precision), ("sliding", Sliding), ("on_scaled", OnScaled)):
+        require_choice(name, wish.settings[name], get_args(choices))
+    require_int("seed", wish.settings["seed"], minimum=0, remedy="pass the run's seed")
+    if (trained_length := wish.settings["trained_length"]) is not None:
+        require_int("trained_length", trained_length, minimum=1, remedy="pass the pretraining length in tokens")
     model_name = type(model).__name__
     if found := find_patched(model):
         raise ValueError(
@@ -196,10 +207,8 @@ def patch(
         )
     if tokenizer is not None and not isinstance(getattr(tokenizer, "model_max_length", None), int):
         raise ValueError(f"tokenizer={tokenizer!r}: must have a model_max_length; pass the model's tokenizer")
-    settings = {"angles": angles, "precision": precision, "sliding": sliding, "on_scaled": on_scaled, "seed": seed}
     with torch.device("cpu"):  # whatever the default device is
-        wish = Wish(method, factor, length, options, settings | {"data_rank": data_rank})
-        plan = plan_for(model, examine(model), wish)
+        plan = plan_for(model, examine(model, trained_length), wish)
     return _apply(model, plan, tokenizer)
 
 
@@ -208,9 +217,9 @@ def _apply(model: nn.Module, plan: Plan, tokenizer: Any) -> Patch:
     first = plan.rotaries[0]
     schedule = first.rope.schedule
     classes = [(module, rotating_class(swap)) for module, swap in plan.swaps]
-    if schedule.length_dependent:
-        pinning: list[Any] = [each for each in model.modules() if can_pin(each) and not isinstance(each, Pinning)]
-        classes += [(module, pinning_class(module.__class__)) for module in pinning]
+    if schedule.length_dependent or plan.parameters is None:
+        owned: list[Any] = [each for each in model.modules() if can_own(each) and not isinstance(each, Owned)]
+        classes += [(module, owned_class(module.__class__)) for module in owned]
     for patched in plan.rotaries:
         patched.check()
     configs = own_configs(model)
@@ -237,6 +246,10 @@ def _apply(model: nn.Module, plan: Plan, tokenizer: Any) -> Patch:
     if schedule.length_dependent:
         hooks.append(owner.register_forward_pre_hook(require_one_length, with_kwargs=True))
         hooks.append(owner.register_forward_hook(mark_cache, with_kwargs=True))
+    if plan.unseen:
+        watch = FirstPass(frozenset(plan.unseen))
+        watch.watch(owner, plan.rotaries, plan.unseen)
+        hooks += watch.handles
     return Patch(model, first)
 
 
@@ -253,8 +266,8 @@ def unpatch(model: nn.Module) -> None:
         ValueError: the model is not patched.
     """
     spots = find_patched(model)
-    pinning = [module for module in model.modules() if isinstance(module, Pinning)]
-    if not spots and not pinning:  # whose inner model may have been unpatched alone
+    owned = [module for module in model.modules() if isinstance(module, Owned)]
+    if not spots and not owned:  # whose inner model may have been unpatched alone
         raise ValueError(
             f"{type(model).__name__} is not patched: must carry a ropex patch; call ropex.patch(model) first"
         )
@@ -271,9 +284,9 @@ def unpatch(model: nn.Module) -> None:
         setattr(spot.owner, spot.name, spot.patched.original.train(spot.patched.training))
     for module in model.modules():
         if isinstance(module, Rotating):
-            swap_class(module, module.ropex_made_from.base)
-    for each in pinning:
-        swap_class(each, each.ropex_made_from)
+            swap_class(module, class_without(type(module), Rotating))
+    for each in owned:
+        swap_class(each, class_without(type(each), Owned))
 
 
 def load(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> Patch:
@@ -289,10 +302,10 @@ def load(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> P
             another geometry.
     """
     saved = files.read(directory)
-    plain = {name: value for name, value in saved.settings.items() if name != "data_rank"}
-    if plain["on_scaled"] == "error":
-        plain["on_scaled"] = "replace"  # the model may come from where the config says what the patch did
-    made = patch(model, saved.schedule, tokenizer=tokenizer, **plain)
+    settings = {"trained_length": None, **saved.settings, "data_rank": None}
+    if settings["on_scaled"] == "error":
+        settings["on_scaled"] = "replace"  # the model may come from where the config says what the patch did
+    made = _patched(model, Wish(saved.schedule, None, None, {}, settings, loading=True), tokenizer)
     try:
         files.restore(model, saved)
     except Exception:

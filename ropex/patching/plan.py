@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,17 +11,19 @@ import torch
 from torch import nn
 
 from ropex._checks import require_int
-from ropex.patching.attention import Attention, calls_interface
-from ropex.patching.config import UnsupportedModelError, rope_parameters, with_parameters
+from ropex.patching.attention import Attention, calls_interface, settings_under
+from ropex.patching.config import UnsupportedModelError, unscaled, with_attributes, with_parameters
 from ropex.patching.detect import Anatomy, Kind, Site
+from ropex.patching.dry import dry_pass
 from ropex.patching.module import PatchedRotary
 from ropex.patching.native import written
-from ropex.patching.probe import fresh_rotary, live_frequencies, makes_tables_of
+from ropex.patching.probe import Claim, fresh_rotary, live_frequencies, makes_tables_of
 from ropex.patching.swap import Swap
 from ropex.recommend import recommend
 from ropex.rotary import RotaryEmbedding
 from ropex.rotation import Geometry
-from ropex.scaling import DynamicNTK, FrequencySchedule, LongRoPE, Unscaled, schedule_class, schedule_for
+from ropex.scaling import DynamicNTK, FrequencySchedule, LongRoPE, NTKAware, Unscaled, schedule_class, schedule_for
+from ropex.scaling.base import innermost
 
 __all__ = ["Plan", "Wish", "plan_for"]
 
@@ -41,7 +42,8 @@ class Plan:
         swaps: the attentions, and what the class of each is made from.
         target: the context length in tokens that the model will be good for.
         parameters: the type and the attributes by which the config will say what the patch does; None: it cannot.
-        amplitudes: the attentions whose softmax scale takes the amplitude, with the factor on it.
+        attributes: what attentions read of their own, such as a softmax scale, with its new value.
+        unseen: the attentions, by name, of which the first real pass must tell whether they rotate.
     """
 
     owner: nn.Module
@@ -50,20 +52,24 @@ class Plan:
     swaps: tuple[tuple[nn.Module, Swap], ...]
     target: int
     parameters: tuple[str, dict[str, Any]] | None
-    amplitudes: tuple[tuple[nn.Module, float], ...]
+    attributes: tuple[tuple[nn.Module, str, Any], ...]
+    unseen: dict[str, nn.Module]
 
     def changes(self, model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
         """Object, attribute and new value of all else that changes; asked once the model owns its configs."""
-        for module, factor in self.amplitudes:
-            yield module, "scaling", module.scaling * factor  # type: ignore[operator]
+        yield from self.attributes
+        first = self.rotaries[0]
         configs = {id(config): config for patched in self.rotaries if (config := patched.original.config)}
-        schedule, geometry = self.rotaries[0].rope.schedule, self.rotaries[0].rope.geometry
         for config in configs.values():
             before = config.max_position_embeddings  # type: ignore[union-attr]
+            yield config, "ropex", {"trained_length": first.stated_length, **_described(first.rope.schedule)}
+            if self.parameters is None:  # plain transformers would not follow, and must not be told of a longer context
+                continue
             yield config, "max_position_embeddings", self.target
-            yield config, "ropex", {"trained_length": geometry.trained_length, **_described(schedule)}
-            for key, value in self.parameters[1].items() if self.parameters is not None else ():
+            for key, value in self.parameters[1].items():
                 yield config, key, value
+            if first.rope.schedule.length_dependent:  # which a generation up to that length would be pinned to
+                continue
             for module in model.modules():
                 generation = module.__dict__.get("generation_config")
                 if generation is not None and generation.max_length == before:
@@ -79,6 +85,7 @@ class Wish:
     length: int | None
     options: dict[str, Any]
     settings: dict[str, Any]
+    loading: bool = False  # what was learned is loaded next
 
 
 def plan_for(model: nn.Module, anatomy: Anatomy, wish: Wish) -> Plan:
@@ -105,21 +112,55 @@ def plan_for(model: nn.Module, anatomy: Anatomy, wish: Wish) -> Plan:
         raise UnsupportedModelError(
             f"{name}'s layers were trained at different lengths ({sorted(lengths)}): not supported"
         )
-    schedule, target = _schedule(name, kinds[0], anatomy.sites[0].rotary.config, wish)
-    if schedule.learned and len(anatomy.sites) > 1:
-        raise UnsupportedModelError(
-            f"{name} has {len(anatomy.sites)} rotary modules, and {schedule.method!r} learns one net for all"
-        )
-    rotaries = tuple(_rotary(name, anatomy, site, schedule, scales, settings) for site in anatomy.sites)
+    main = next((kind for kind in kinds if kind.scaling is not None), kinds[0])
+    config = anatomy.sites[0].rotary.config
+    schedule, target = _schedule(name, main, wish)
+    if schedule.learned:
+        _require_unlearned(config, schedule, wish)
+        if len(anatomy.sites) > 1:
+            raise UnsupportedModelError(
+                f"{name} has {len(anatomy.sites)} rotary modules, and {schedule.method!r} learns one net for all"
+            )
+    kept = main.scaling is not None and settings["on_scaled"] == "keep"
+    follows = {kind.layer_type: kind.own if kept and kind.scaling is None else schedule for kind in kinds}
+    rotaries = tuple(_rotary(name, anatomy, site, follows, scales, settings) for site in anatomy.sites)
     swaps = tuple(_swap(name, anatomy, attention, rotaries[0], scales, settings) for attention in anatomy.attentions)
-    amplitudes = tuple(_amplitudes(name, anatomy, schedule, rotaries[0].rope, scales))
-    # In plain transformers the norm after the rotation would cancel the amplitude.
-    parameters = None if amplitudes else _parameters(name, anatomy, kinds, schedule, target, scales)
-    rotaries[0].softmax_factor = amplitudes[0][1] if amplitudes else 1.0
-    rotaries[0].scaling = kinds[0].scaling
-    rotaries[0].written = parameters[0] if parameters is not None else None
+    amplitudes = dict(_amplitudes(name, anatomy, schedule, rotaries[0].rope, scales))
+    unchanged = schedule == main.own if kept else isinstance(schedule, Unscaled) and main.scaling is None
+    if unchanged:
+        parameters: tuple[str, dict[str, Any]] | None = (main.scaling or "default", {})
+    elif amplitudes:  # in plain transformers the norm after the rotation would cancel them
+        parameters = None
+    else:
+        parameters = _parameters(name, anatomy, kinds, schedule, target, scales, widened=kept)
+    equivalent = config if unchanged else _equivalent(config, main, parameters, target)
+    attributes = _attributes(name, anatomy, config, equivalent, amplitudes)
+    first = rotaries[0]
+    first.softmax_factor = next(iter(amplitudes.values()), 1.0)
+    first.scaling = main.scaling
+    first.written = parameters[0] if parameters is not None else None
+    first.target = target
+    first.stated_length = main.geometry.trained_length if main.length_known else None
     places = tuple((site.owner, site.name, site.owner.training) for site in anatomy.sites)
-    return Plan(anatomy.owner, places, rotaries, swaps, target, parameters, amplitudes)
+    inside = [site.path for site in anatomy.sites]  # one in an attention itself is used by it
+    alone = (a for a in anatomy.attentions if not any(path.startswith(f"{a.path}.") for path in inside))
+    unseen = {a.path: a.module for a in alone} if anatomy.unseen is not None else {}
+    return Plan(anatomy.owner, places, rotaries, swaps, target, parameters, attributes, unseen)
+
+
+def _require_unlearned(config: Any, schedule: FrequencySchedule, wish: Wish) -> None:
+    """Raise where the config says that a schedule of this kind has been trained, and nothing would load it."""
+    noted = described = getattr(config, "ropex", None)
+    while described is not None and "inner" in described:
+        described = described["inner"]
+    if not wish.loading and described is not None and described["method"] == innermost(schedule).method:
+        place = getattr(config, "_name_or_path", None) or "directory"
+        raise ValueError(
+            f"method {schedule.method!r} on a model whose config says that it was trained with {noted['method']!r}: "
+            "what that has learned would be lost, and a fresh net begin in its place; load it with "
+            f"ropex.load(model, {place!r}), where Patch.save or RopexCallback wrote ropex.json, or begin anew after "
+            "`del model.config.ropex`"
+        )
 
 
 def _served(anatomy: Anatomy, kind: Kind) -> list[Attention]:
@@ -131,7 +172,7 @@ def _rotary(
     name: str,
     anatomy: Anatomy,
     site: Site,
-    schedule: FrequencySchedule,
+    schedules: dict[str | None, FrequencySchedule | None],
     scales: dict[str, bool],
     settings: dict[str, Any],
 ) -> PatchedRotary:
@@ -145,7 +186,8 @@ def _rotary(
         made = []
         for scaled in sorted(wanted, reverse=True):
             made.append("_".join(filter(None, (kind.layer_type, None if scaled else "kept"))) or "scaled")
-            follows = schedule if scaled else _own(name, kind)
+            follows = schedules.get(kind.layer_type) if scaled else None
+            follows = _own(name, kind) if follows is None else follows
             with device, torch.random.fork_rng(devices=[]):  # a net that is learned begins the same for each seed
                 torch.manual_seed(settings["seed"])
                 ropes[made[-1]] = RotaryEmbedding(
@@ -180,16 +222,23 @@ def _swap(
     kind = anatomy.sites[0].kind_for(attention.layer_type)
     several = len(patched.tables[kind.layer_type]) > 1
     table = int(not scales[attention.path]) if several else None
-    return attention.module, Swap(cls, anatomy.functions_of(attention), table, kind.geometry.dim // 2, float32)
+    functions, half = anatomy.functions_of(attention), kind.geometry.dim // 2
+    return attention.module, Swap(cls, functions, table, half, float32, attention.layer_type, attention.window)
 
 
-def _schedule(name: str, kind: Kind, config: Any, wish: Wish) -> tuple[FrequencySchedule, int]:
+def _schedule(name: str, kind: Kind, wish: Wish) -> tuple[FrequencySchedule, int]:
     """The schedule to follow, and the context length in tokens that it reaches."""
     trained = kind.geometry.trained_length
     if kind.scaling is not None:
-        _require_replaceable(name, kind, config, wish.settings["on_scaled"])
+        if wish.settings["on_scaled"] == "error":
+            raise ValueError(
+                f"{_carries(name, kind)}: scaling twice is rarely meant; pass on_scaled=\"replace\" to count from the "
+                'pretraining length, on_scaled="keep" to keep that scaling and widen it if factor or length is given, '
+                "or remove the scaling from the config and load the model anew"
+            )
         if wish.settings["on_scaled"] == "keep":
-            return _kept(name, kind, config, wish)
+            return _kept(name, kind, wish)
+        _require_length(name, kind, 'on_scaled="replace"')
     method = DEFAULT_METHOD if wish.method is None else wish.method
     if method == AUTO:
         schedule = _recommended(kind.geometry, wish)
@@ -213,12 +262,12 @@ def _recommended(geometry: Geometry, wish: Wish) -> FrequencySchedule:
     return recommend(geometry, wish.length).schedule
 
 
-def _kept(name: str, kind: Kind, config: Any, wish: Wish) -> tuple[FrequencySchedule, int]:
+def _kept(name: str, kind: Kind, wish: Wish) -> tuple[FrequencySchedule, int]:
     """The schedule that the config carries, widened if the user asked for it."""
     own, trained, method = _own(name, kind), kind.geometry.trained_length, wish.method
     reaches = wish.factor is not None or wish.length is not None
     if isinstance(method, type(own)) and not reaches:  # as a file says it
-        return method, int(config.max_position_embeddings) if method == own else method.target_length(trained)
+        return method, kind.length if method == own else method.target_length(trained)
     named = isinstance(method, str) and method != AUTO and schedule_class(method) is type(own)
     if not (method is None or named) or wish.options:
         raise ValueError(
@@ -226,12 +275,14 @@ def _kept(name: str, kind: Kind, config: Any, wish: Wish) -> tuple[FrequencySche
             'may widen; leave the method and its options out, or pass on_scaled="replace"'
         )
     if not reaches:
-        return own, int(config.max_position_embeddings)
-    if isinstance(own, LongRoPE):
+        return own, kind.length
+    if isinstance(own, LongRoPE | NTKAware):
+        why = "lists of {}'s longrope were searched" if isinstance(own, LongRoPE) else "alpha of {} was chosen"
         raise ValueError(
-            f'on_scaled="keep" with a longer target: the lists of {name}\'s longrope were searched for one length; '
+            f'on_scaled="keep" with a longer target: the {why.format(name)} for one length; '
             'leave factor and length out, or pass on_scaled="replace"'
         )
+    _require_length(name, kind, 'on_scaled="keep" with a longer target')
     growth = {"factor": own.factor} if isinstance(own, DynamicNTK) else {}  # which its target does not say
     wanted = schedule_for(own.method, trained, factor=wish.factor, length=wish.length, **growth)
     changed = {key: getattr(wanted, key) for key in ("factor", "floor") if hasattr(own, key)}
@@ -239,35 +290,27 @@ def _kept(name: str, kind: Kind, config: Any, wish: Wish) -> tuple[FrequencySche
     return widened, widened.target_length(trained)
 
 
-def _require_replaceable(name: str, kind: Kind, config: Any, on_scaled: str) -> None:
-    carries = f'{name}\'s config already carries a scaling of the type "{kind.scaling}"'
-    if on_scaled == "error":
-        raise ValueError(
-            f'{carries}: scaling twice is rarely meant; pass on_scaled="replace" to count from the pretraining length, '
-            'on_scaled="keep" to keep that scaling and widen it if factor or length is given, '
-            "or remove the scaling from the config and load the model anew"
-        )
+def _carries(name: str, kind: Kind) -> str:
+    return f'{name}\'s config already carries a scaling of the type "{kind.scaling}"'
+
+
+def _require_length(name: str, kind: Kind, wish: str) -> None:
     if not kind.length_known:
         raise ValueError(
-            f'{carries} and does not tell the pretraining length, which on_scaled="{on_scaled}" needs; '
-            "set config.original_max_position_embeddings"
-        )
-    if on_scaled == "replace" and rope_parameters(config, kind.layer_type).get("mscale_all_dim"):
-        raise UnsupportedModelError(
-            f"{carries} with mscale_all_dim, by which its attentions multiplied their softmax scale when they were "
-            'made: it cannot be replaced; pass on_scaled="keep", or load the model without the scaling'
+            f"{_carries(name, kind)} and does not tell the pretraining length, which {wish} needs; pass trained_length= "
+            "in tokens"
         )
 
 
 def _own(name: str, kind: Kind) -> FrequencySchedule:
     if kind.own is None:
-        raise UnsupportedModelError(f'{name} carries a scaling of the type "{kind.scaling}", which ropex does not know')
+        raise UnsupportedModelError(f"{_carries(name, kind)}, which ropex cannot keep{kind.unread}")
     return kind.own
 
 
 def _amplitudes(
     name: str, anatomy: Anatomy, schedule: FrequencySchedule, rope: RotaryEmbedding, scales: dict[str, bool]
-) -> Iterator[tuple[nn.Module, float]]:
+) -> Iterator[tuple[Attention, float]]:
     """Where a norm after the rotation would cancel the amplitude, the softmax scale takes it: squared, for q and k."""
     after = [a for a in anatomy.attentions if a.norm_follows and scales[a.path]]
     if not after:
@@ -287,7 +330,7 @@ def _amplitudes(
                 f"{schedule!r} with {name}, which normalises queries and keys after their rotation: its attentions "
                 'have no softmax scale that could take the amplitude instead; use "ntk_by_parts", which has none'
             )
-        yield attention.module, amplitude**2
+        yield attention, amplitude**2
 
 
 def _parameters(
@@ -297,33 +340,80 @@ def _parameters(
     schedule: FrequencySchedule,
     target: int,
     scales: dict[str, bool],
+    *,
+    widened: bool,
 ) -> tuple[str, dict[str, Any]] | None:
     """The type and the attributes by which the config says what the patch does, so that transformers does the same.
 
-    None where it cannot: layers that share their parameters go different ways, or the method has no such words.
+    None where it cannot: layers that share their parameters go different ways, or the method has no such words. What
+    is written is tried: the rotary module made from it must give the patch's tables, and the model must run.
+
+    Args:
+        widened: the schedule is that of the config, with another factor.
     """
     kind, site = kinds[0], anatomy.sites[0]
     served = [scales[a.path] for kind in kinds for a in _served(anatomy, kind)]
     shared = len({id(site.rotary.config) for site in anatomy.sites}) == 1 and len({k.layer_type for k in kinds}) == 1
-    unchanged = isinstance(schedule, Unscaled) and kind.scaling is None
-    if not all(served) or not shared or unchanged or schedule.length_dependent or schedule.learned:
+    if not all(served) or not shared or schedule.length_dependent or schedule.learned:
         return None
-    for own_types in (True, False):
+    trained = kind.geometry.trained_length
+    turning = None if kind.turning is None else torch.tensor(kind.turning)
+    count = max(site.axes) + 1 if site.axes is not None else None
+    lengths = (min(64, trained), trained, max(target, trained))
+    claim = Claim(schedule, kind.geometry, lengths, turning, kind.layer_type, count, site.axes)
+    attentions = {path: attention.functions for path, attention in anatomy.within.items()}
+    for words in ({}, {"own_types": False}, {"own_types": False, "mscales": True}):
         try:
-            parameters = written(schedule, kind.geometry, kind.turning, own_types=own_types)
-            config = copy.deepcopy(site.rotary.config)
-            attributes = with_parameters(config, parameters, kind.layer_type, kind.geometry.trained_length)
-            for key, value in {"max_position_embeddings": target, **attributes}.items():
-                setattr(config, key, value)
+            parameters = written(schedule, kind.geometry, kind.turning, **words)
+            attributes = with_parameters(site.rotary.config, parameters, kind.layer_type, trained, widened=widened)
+            config = with_attributes(site.rotary.config, {"max_position_embeddings": target, **attributes})
             getattr(config, "validate", lambda: None)()
-            rotary = fresh_rotary(name, site.rotary, config)
+            same = makes_tables_of(fresh_rotary(name, site.rotary, config), site.layout, claim)
         except Exception:  # this config does not take this type, and says so in a class of its own
             continue
-        turning = None if kind.turning is None else torch.tensor(kind.turning)
-        how = (rotary, site.layout, kind.geometry, schedule, turning, kind.layer_type)
-        if makes_tables_of(*how, length=target, multi_axis=site.axes is not None):
-            return parameters["rope_type"], attributes
+        if not same:
+            continue
+        if anatomy.unseen is None:
+            dry = dry_pass(anatomy.owner, anatomy.rotaries, attentions, (site.rotary.config, config))
+            if dry.failure is not None or set(dry.kinds) != set(attentions):
+                continue
+        return parameters["rope_type"], attributes
     return None
+
+
+def _equivalent(config: Any, kind: Kind, parameters: tuple[str, dict[str, Any]] | None, target: int) -> Any:
+    """The config of a model of transformers that does what the patch does, as far as a config can say it."""
+    if parameters is None:
+        return config if kind.scaling is None else unscaled(config, kind.layer_type)
+    return with_attributes(config, {"max_position_embeddings": target, **parameters[1]})
+
+
+def _attributes(
+    name: str, anatomy: Anatomy, config: Any, equivalent: Any, amplitudes: dict[Attention, float]
+) -> tuple[tuple[nn.Module, str, Any], ...]:
+    """What attentions made from the equivalent config have of their own, where it differs from what they have now.
+
+    DeepSeek and its kin multiply their softmax scale for a scaling when they are made.
+    """
+    changes: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
+    before: dict[str, Any] | None = {}
+    after: dict[str, Any] | None = {}
+    known: Any = None
+    for attention in anatomy.attentions if equivalent is not config else ():
+        if known != (known := (type(attention.module), attention.layer_type)):
+            before, after = (settings_under(attention.module, each, config) for each in (config, equivalent))
+        for key in [key for key in before or {} if after is not None and after.get(key) != (before or {})[key]]:
+            if getattr(attention.module, key, None) != (before or {})[key]:
+                raise UnsupportedModelError(
+                    f"{name}'s {attention.path}.{key} is {getattr(attention.module, key, None)!r}, and its config makes "
+                    f"it {(before or {})[key]!r}: it was changed after the model was made; patch the model as loaded"
+                )
+            changes[id(attention.module), key] = (attention.module, key, (after or {})[key])
+    for attention, factor in amplitudes.items():
+        module = attention.module
+        now = changes.get((id(module), "scaling"), (module, "scaling", module.scaling))[2]
+        changes[id(module), "scaling"] = (module, "scaling", now * factor)
+    return tuple(changes.values())
 
 
 def _described(schedule: FrequencySchedule) -> dict[str, Any]:

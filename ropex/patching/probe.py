@@ -5,25 +5,29 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, cast, get_args
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ropex.kernels import Order, rotate_with_table, table
-from ropex.patching.config import UnsupportedModelError, unscaled
+from ropex.patching.config import UnsupportedModelError
 from ropex.patching.tables import Channels, RotaryFunction, Style, TableLayout, laid_out
 from ropex.rotation import Geometry, Request, Rotation
-from ropex.scaling import FrequencySchedule, Unscaled
+from ropex.scaling import FrequencySchedule
 
 __all__ = [
+    "Claim",
     "axes_of_pairs",
+    "count_axes",
     "fresh_rotary",
+    "layout_of",
     "live_frequencies",
     "makes_tables_of",
     "probe_function",
     "probe_positions",
-    "probe_table",
+    "require_live",
     "tables_match",
 ]
 
@@ -31,7 +35,43 @@ __all__ = [
 # not be run to know what it pairs (on a CPU it cannot run).
 _REBOUND: dict[str, Channels] = {"liger_kernel": "half", "unsloth": "half"}
 
-_AXES = 3  # of positions in images and video: time, height, width
+# How many axes positions in images and video have: time, height, width; one more in some families.
+_AXES = (3, 4, 2)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a config, or ropex's reading of it, says of a rotary module; the module itself tells whether it holds.
+
+    Attributes:
+        schedule: that the module follows.
+        geometry: of the model.
+        lengths: context lengths in tokens to ask it for, short ones and long ones.
+        turning: which pairs turn, bool [half]; None: all.
+        layer_type: to ask it for; None: it makes one kind of table.
+        axes: how many axes its positions have; None: one.
+        follows: the axis that each pair follows, where that is known.
+    """
+
+    schedule: FrequencySchedule
+    geometry: Geometry
+    lengths: tuple[int, ...]
+    turning: Tensor | None = None
+    layer_type: str | None = None
+    axes: int | None = None
+    follows: tuple[int, ...] | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return _kinds(self.layer_type)
+
+    def asked(self, positions: Tensor) -> Tensor:
+        """Positions [1, seq] as the module takes them, the same on all axes."""
+        return positions if self.axes is None else positions.expand(self.axes, *positions.shape)
+
+
+def _kinds(layer_type: str | None) -> tuple[str, ...]:
+    return () if layer_type is None else (layer_type,)
 
 
 def probe_positions(trained_length: int) -> Tensor:
@@ -53,53 +93,37 @@ def fresh_rotary(model_name: str, rotary: nn.Module, config: Any) -> nn.Module:
         ) from error
 
 
-def probe_table(
-    model_name: str,
-    rotary: nn.Module,
-    geometry: Geometry,
-    turning: Tensor | None,
-    layer_type: str | None,
-    *,
-    scaled: bool,
-    axes: Sequence[int] | None,
-) -> TableLayout:
-    """The layout in which the model's own module makes the tables that its config describes.
+def layout_of(rotary: nn.Module, claim: Claim) -> TableLayout | None:
+    """The layout in which a rotary module of transformers makes the tables of a schedule; None where it does not.
 
-    The live module may be on any device and its buffer may have been cast; a fresh one of the same class and config
-    says what it should do. On the meta device only that one speaks.
-
-    Args:
-        turning: which pairs turn, bool [half]; None: all.
-        axes: of multi-axis positions, the axis that each pair follows.
+    It is asked for short contexts and for those beyond the trained length, and with other positions on each axis.
     """
-    positions = probe_positions(geometry.trained_length)
-    config: Any = rotary.config
-    fresh = fresh_rotary(model_name, rotary, config)
-    kinds = () if layer_type is None else (layer_type,)
-    asked = positions if axes is None else positions.expand(_AXES, *positions.shape)
-    plain = fresh_rotary(model_name, rotary, unscaled(config, layer_type)) if scaled else fresh
-    request = Request(geometry, positions, positions.max() + 1)
-    want = _exact(Unscaled().rotation(request), turning)
-    error = 1e-6 + _angle_error(geometry, positions, torch.float32)
-    got = plain(hidden_states_like(), asked, *kinds)
-    layout = next((each for each in get_args(TableLayout) if _tables_close(got, want, error, each)), None)
-    if layout is None:
-        raise UnsupportedModelError(f"{model_name}'s cos and sin are not those of {geometry} in a known layout")
+    return next((layout for layout in get_args(TableLayout) if makes_tables_of(rotary, layout, claim)), None)
+
+
+def require_live(model_name: str, rotary: nn.Module, fresh: nn.Module, layout: TableLayout, claim: Claim) -> None:
+    """Raise unless the live module makes the tables of a fresh one of its class and config.
+
+    It may be on any device, and its buffer may have been cast. On the meta device only the fresh one speaks.
+    """
     device = live_frequencies(rotary).device
-    if device.type != "meta":
-        # transformers' dynamic modules change in a call: they keep a long one's frequencies until a short one comes.
-        live = copy.deepcopy(rotary)
-        _forget_length(live)
-        live(hidden_states_like(device), torch.zeros_like(asked, device=device), *kinds)
-        got = live(hidden_states_like(device), asked.to(device), *kinds)
-        error = 1e-6 + _angle_error(geometry, positions, live_frequencies(rotary).dtype)
-        tolerance = laid_out(error, error, layout)[0].abs()
-        if not _match(got, _as_tuple(fresh(hidden_states_like(), asked, *kinds)), tolerance):
-            raise UnsupportedModelError(
-                f"{model_name}'s cos and sin are not those of its config: its frequencies were changed after it was "
-                "made; load the model anew, or remove what changed them"
-            )
-    return cast(TableLayout, layout)
+    if device.type == "meta":
+        return
+    positions = probe_positions(claim.geometry.trained_length)
+    asked = claim.asked(positions)
+    # transformers' dynamic modules change in a call: they keep a long one's frequencies until a short one comes.
+    live, fresh = copy.deepcopy(rotary), copy.deepcopy(fresh)
+    for module, where in ((live, device), (fresh, torch.device("cpu"))):
+        _forget_length(module)
+        module(hidden_states_like(where), torch.zeros_like(asked, device=where), *claim.kinds)
+    got = live(hidden_states_like(device), asked.to(device), *claim.kinds)
+    error = 1e-6 + _angle_error(claim.geometry, positions, live_frequencies(rotary).dtype)
+    tolerance = laid_out(error, error, layout)[0].abs()
+    if not _match(got, _as_tuple(fresh(hidden_states_like(), asked, *claim.kinds)), tolerance):
+        raise UnsupportedModelError(
+            f"{model_name}'s cos and sin are not those of its config: its frequencies were changed after it was "
+            "made; load the model anew, or remove what changed them"
+        )
 
 
 def live_frequencies(rotary: nn.Module) -> Tensor:
@@ -114,26 +138,55 @@ def _forget_length(rotary: nn.Module) -> None:
         rotary.max_seq_len_cached = rotary.original_max_seq_len
 
 
-def axes_of_pairs(rotary: nn.Module, half: int) -> tuple[int, ...] | None:
-    """Which axis of positions [axes, batch, seq] each pair follows; None where the module takes one axis alone.
+def count_axes(rotary: nn.Module, layer_type: str | None) -> int | None:
+    """How many axes the positions of a module may have, [axes, batch, seq]; None where they have one alone."""
+    for axes in _AXES:
+        try:
+            got = _as_tuple(rotary(hidden_states_like(), torch.zeros(axes, 1, 1, dtype=torch.int64), *_kinds(layer_type)))
+        except Exception:  # of a number of axes that it does not take
+            continue
+        if isinstance(got, tuple) and all(isinstance(each, Tensor) and each.shape[:-1] == (1, 1) for each in got):
+            return axes
+    return None
+
+
+def axes_of_pairs(model_name: str, rotary: nn.Module, layout: TableLayout, claim: Claim) -> tuple[int, ...] | None:
+    """Which axis of multi-axis positions each pair follows; None where they have one axis.
 
     One axis at a time is set to position 1: the pairs that turn then are those that follow it. (Position 1 turns the
     slowest pair of a base of 1e9 and 64 pairs by 1e-9, which float32 sines show.)
+
+    Raises:
+        UnsupportedModelError: the two channels of a pair follow different axes, or the pairs follow the axes in a way
+            that one position does not show.
     """
-    position = torch.zeros(_AXES, 1, 1, dtype=torch.int64)
+    if claim.axes is None:
+        return None
+    half = claim.geometry.dim // 2
     follows: list[int] = [-1] * half
-    for axis in range(_AXES):
-        moved = position.clone()
+    for axis in range(claim.axes):
+        moved = torch.zeros(claim.axes, 1, 1, dtype=torch.int64)
         moved[axis] = 1
-        try:
-            got = rotary(hidden_states_like(), moved)
-        except Exception:
-            return None
-        if not isinstance(got, tuple) or got[1].dim() != 3 or got[1].shape[:2] != (1, 1):
-            return None
-        for pair in (got[1][0, 0, :half] != 0).nonzero().flatten().tolist():
-            follows[pair] = axis if follows[pair] == -1 else -2
-    return tuple(follows) if min(follows) >= 0 else None
+        got = _as_tuple(rotary(hidden_states_like(), moved, *claim.kinds))
+        sin = got[0].imag if layout == "complex" else got[1]
+        for channels in _channels(sin[0, 0], layout):
+            for pair in (channels != 0).nonzero().flatten().tolist():
+                follows[pair] = axis if follows[pair] in (-1, axis) else -2
+    turns = [True] * half if claim.turning is None else claim.turning.tolist()
+    axes = tuple(max(axis, 0) if not turn else axis for axis, turn in zip(follows, turns, strict=True))
+    if min(axes) < 0 or not makes_tables_of(rotary, layout, replace(claim, follows=axes)):
+        raise UnsupportedModelError(
+            f"{model_name}'s {type(rotary).__name__} takes positions with {claim.axes} axes, and the two channels of its "
+            "pairs do not follow one axis each: not supported"
+        )
+    return axes
+
+
+def _channels(table: Tensor, layout: TableLayout) -> tuple[Tensor, ...]:
+    """The values of a table [width] at each of the channels that a pair has, [half]."""
+    if layout == "half":
+        return table.chunk(2)
+    return (table[::2], table[1::2]) if layout == "interleaved" else (table,)
 
 
 @torch.no_grad()
@@ -155,25 +208,23 @@ def tables_match(
 
 
 @torch.no_grad()
-def makes_tables_of(
-    rotary: nn.Module,
-    layout: TableLayout,
-    geometry: Geometry,
-    schedule: FrequencySchedule,
-    turning: Tensor | None,
-    layer_type: str | None,
-    *,
-    length: int,
-    multi_axis: bool,
-) -> bool:
-    """Whether a rotary module of transformers makes the tables of a schedule, up to a length and below the trained."""
-    for reach in (length, min(length, geometry.trained_length)):
-        positions = torch.arange(reach)[None, :: max(reach // 9, 1)]
-        asked = positions.expand(_AXES, *positions.shape) if multi_axis else positions
-        got = rotary(hidden_states_like(), asked, *(() if layer_type is None else (layer_type,)))
-        error = 1e-6 + _angle_error(geometry, positions, torch.float32)
-        request = Request(geometry, positions, torch.tensor(length))
-        if not _tables_close(got, _exact(schedule.rotation(request), turning), error, layout):
+def makes_tables_of(rotary: nn.Module, layout: TableLayout, claim: Claim) -> bool:
+    """Whether a rotary module of transformers makes the tables of a schedule, at each of the claim's lengths."""
+    rotary = copy.deepcopy(rotary)
+    _forget_length(rotary)
+    for reach in sorted(claim.lengths):  # in this order, since some modules do not find back from a long context
+        positions = torch.linspace(0, reach - 1, 9, dtype=torch.float64).round().to(torch.int64)[None]
+        positions = torch.cat((torch.tensor([[min(1, reach - 1), min(7, reach - 1)]]), positions), dim=1)
+        asked = claim.asked(positions)
+        followed = positions[..., None].expand(-1, -1, claim.geometry.dim // 2)
+        if claim.follows is not None:
+            offsets = torch.arange(len(asked))[:, None, None] * 3
+            asked = (asked - offsets).clamp(min=0)
+            followed = asked.movedim(0, -1)[..., list(claim.follows)]
+        got = rotary(hidden_states_like(), asked, *claim.kinds)
+        error = 1e-6 + _angle_error(claim.geometry, positions, torch.float32)
+        rotation = claim.schedule.rotation(Request(claim.geometry, positions, torch.tensor(reach)))
+        if not _tables_close(got, _exact(rotation, claim.turning, followed), error, layout):
             return False
     return True
 
@@ -263,11 +314,14 @@ def _rotates_so(how: RotaryFunction, answer: Any, cos: Tensor, sin: Tensor) -> b
     return _match(got, want, torch.tensor(1e-5))
 
 
-def _exact(rotation: Rotation, turning: Tensor | None) -> tuple[Tensor, Tensor]:
+def _exact(
+    rotation: Rotation, turning: Tensor | None, followed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cos and sin [batch, seq, half] in float64; `followed` are the positions of each pair, where they differ."""
     positions, inv_freq, amplitude = rotation
     if turning is not None:
         inv_freq = inv_freq * turning.to(inv_freq.device)
-    angle = positions[..., None] * inv_freq
+    angle = (positions[..., None] if followed is None else followed) * inv_freq
     return angle.cos() * amplitude, angle.sin() * amplitude
 
 

@@ -24,7 +24,7 @@ from ropex.patching import float32
 from ropex.patching.probe import rotated
 from ropex.patching.tables import Channels, RotaryFunction
 
-__all__ = ["Rotating", "Swap", "channels_of", "generated_class", "rotating_class", "swap_class"]
+__all__ = ["Rotating", "Swap", "channels_of", "class_without", "generated_class", "rotating_class", "swap_class"]
 
 
 class Swap(NamedTuple):
@@ -36,6 +36,7 @@ class Swap(NamedTuple):
         table: which of the tables that the rotary module hands over is this attention's; None: it hands over one.
         half: the pairs that turn, so that tables of another width are noticed.
         float32: whether rotated queries and keys stay float32, and attention runs in it.
+        layer_type, window: of its layer, as `Attention` has them.
     """
 
     base: type[Any]
@@ -43,6 +44,8 @@ class Swap(NamedTuple):
     table: int | None
     half: int
     float32: bool
+    layer_type: str | None
+    window: int | None
 
 
 class Rotating:
@@ -67,6 +70,21 @@ def swap_class(module: nn.Module, cls: type[Any]) -> None:
         if getattr(bound, "__func__", None) is type(module).forward:
             setattr(module, name, types.MethodType(cls.forward, module))
     module.__class__ = cls
+
+
+@functools.cache
+def class_without(cls: type[Any], marker: type[Any]) -> type[Any]:
+    """The class that a module has once what was generated for a marker is gone from below what others put on top.
+
+    FSDP gives a module a class of its own made from the one that it finds, which may be a generated one.
+    """
+    if "ropex_made_from" in vars(cls) and issubclass(cls, marker):
+        return class_without(cls.__bases__[0], marker)
+    bases = tuple(class_without(base, marker) for base in cls.__bases__)
+    if bases == cls.__bases__:
+        return cls
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return types.new_class(cls.__name__, bases, {}, lambda namespace: namespace.update(body))
 
 
 def channels_of(model: nn.Module) -> Channels:

@@ -190,10 +190,10 @@ def require_ramp(beta_fast: object, beta_slow: object, ramp: object, blend: obje
     """Raise unless these make a ramp and a blend."""
     require_number("beta_slow", beta_slow, minimum=0, strict=True, remedy="pass a number of turns, such as 1")
     require_number("beta_fast", beta_fast, minimum=0, strict=True, remedy="pass a number of turns, such as 32")
-    if beta_fast <= beta_slow:  # type: ignore[operator]  # numbers by now
+    if beta_fast < beta_slow:  # type: ignore[operator]  # numbers by now
         raise ValueError(
-            f"beta_fast={beta_fast!r}, beta_slow={beta_slow!r}: beta_fast must be the larger, since fast pairs turn "
-            "more often; swap them"
+            f"beta_fast={beta_fast!r}, beta_slow={beta_slow!r}: beta_fast must not be the smaller, since fast pairs "
+            "turn more often; swap them"
         )
     require_choice("ramp", ramp, ("index", "rotations"))
     require_choice("blend", blend, ("frequency", "wavelength"))
@@ -203,9 +203,11 @@ def require_ramp(beta_fast: object, beta_slow: object, ramp: object, blend: obje
 def ramp_by_rotations(geometry: Geometry, inv_freq: Tensor, beta_fast: float, beta_slow: float) -> Tensor:
     """How much of each pair is interpolated, [half], linear in its turns over the trained length.
 
-    0 from `beta_fast` turns on, 1 up to `beta_slow`.
+    0 from `beta_fast` turns on, 1 up to `beta_slow`; a step where the two are equal.
     """
     turns = inv_freq * (geometry.trained_length / (2 * math.pi))
+    if beta_fast == beta_slow:
+        return (turns < beta_slow).to(inv_freq.dtype)
     return 1 - ((turns - beta_slow) / (beta_fast - beta_slow)).clamp(0, 1)
 
 

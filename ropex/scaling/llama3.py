@@ -25,7 +25,8 @@ class Llama3(FrequencySchedule):
     Args:
         factor: target length / trained length, >= 1.
         low_freq_factor: pairs with fewer turns over the trained length are interpolated in full.
-        high_freq_factor: pairs with more turns keep their frequency.
+        high_freq_factor: pairs with more turns keep their frequency. Equal to `low_freq_factor` there is no ramp between
+            (Llama 4 Scout: 1 and 1).
 
     Example:
         >>> geometry = Geometry(dim=128, base=500_000.0, trained_length=8192)
@@ -46,10 +47,10 @@ class Llama3(FrequencySchedule):
         require_factor(self.factor)
         for name in ("low_freq_factor", "high_freq_factor"):
             require_number(name, getattr(self, name), minimum=0, strict=True, remedy="pass a number of turns")
-        if self.high_freq_factor <= self.low_freq_factor:
+        if self.high_freq_factor < self.low_freq_factor:
             raise ValueError(
                 f"low_freq_factor={self.low_freq_factor!r}, high_freq_factor={self.high_freq_factor!r}: "
-                "high_freq_factor must be the larger, since fast pairs turn more often; swap them"
+                "high_freq_factor must not be the smaller, since fast pairs turn more often; swap them"
             )
 
     def rotation(self, request: Request) -> Rotation:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ropex._checks import require_int, require_number
-from ropex.rotation import Geometry, Request, Rotation
+from ropex.rotation import Request, Rotation
 from ropex.scaling.base import FrequencySchedule, growth, ramp_by_index, require_factor, require_positive
 
 __all__ = ["LongRoPE"]
@@ -32,7 +32,8 @@ class LongRoPE(FrequencySchedule):
         short_factors: dim // 2 numbers > 0, for contexts up to the trained length; default 1 for each.
         long_factors: dim // 2 numbers > 0, for longer ones.
         keep_first: tokens at the beginning that are not scaled.
-        amplitude: replaces `sqrt(1 + ln s / ln L)`, as transformers' `attention_factor` does.
+        amplitude: replaces `sqrt(1 + ln s / ln L)`, as transformers' `attention_factor` does; a pair is the one up to
+            the trained length and the one beyond, as PhiMoE's `short_mscale` and `long_mscale`.
 
     Raises:
         ValueError: also at the first rotation, where a list does not fit the geometry.
@@ -51,7 +52,7 @@ class LongRoPE(FrequencySchedule):
     short_factors: Sequence[float] | None = None
     long_factors: Sequence[float] | None = None
     keep_first: int = 0
-    amplitude: float | None = None
+    amplitude: float | Sequence[float] | None = None
     method: ClassVar[str] = "longrope"
     paper: ClassVar[str] = "Ding et al. 2024, arXiv:2402.13753"
     length_dependent = True
@@ -61,7 +62,15 @@ class LongRoPE(FrequencySchedule):
         for name in ("short_factors", "long_factors"):
             object.__setattr__(self, name, _factors(name, getattr(self, name)))
         require_int("keep_first", self.keep_first, minimum=0, remedy="pass a number of tokens, 0 for none")
-        require_positive("amplitude", self.amplitude)
+        if isinstance(self.amplitude, Sequence):
+            object.__setattr__(self, "amplitude", _factors("amplitude", self.amplitude))
+            if len(self.amplitude) != 2:
+                raise ValueError(
+                    f"amplitude={self.amplitude!r}: must be one number, or two, up to the trained length and beyond; "
+                    "pass one or two"
+                )
+        else:
+            require_positive("amplitude", self.amplitude)
 
     def rotation(self, request: Request) -> Rotation:
         theta, geometry = request.inv_freq(), request.geometry
@@ -73,12 +82,16 @@ class LongRoPE(FrequencySchedule):
         inv_freq = theta / scale
         if self.keep_first:
             inv_freq = torch.where((request.positions < self.keep_first)[..., None], theta, inv_freq)
-        return Rotation(request.positions, inv_freq, self._amplitude(geometry))
+        return Rotation(request.positions, inv_freq, self._amplitude(request))
 
-    def _amplitude(self, geometry: Geometry) -> float:
+    def _amplitude(self, request: Request) -> float | Tensor:
+        if isinstance(self.amplitude, Sequence):
+            grown = growth(request)
+            short, long = (torch.full_like(grown, value) for value in self.amplitude)
+            return torch.where(grown > 1, long, short)
         if self.amplitude is not None:
             return self.amplitude
-        return math.sqrt(1 + math.log(self.factor) / math.log(max(geometry.trained_length, 2)))
+        return math.sqrt(1 + math.log(self.factor) / math.log(max(request.geometry.trained_length, 2)))
 
 
 def _factors(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:

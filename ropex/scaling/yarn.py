@@ -111,7 +111,7 @@ class YaRN(ByParts):
     Args:
         factor: target length / trained length, >= 1.
         beta_fast: pairs with more turns over the trained length keep their frequency.
-        beta_slow: pairs with fewer turns are interpolated in full.
+        beta_slow: pairs with fewer turns are interpolated in full; at most `beta_fast` (Kimi K2: 1 and 1).
         ramp: `"index"`, linear in the pair's index: the released code and every deployed checkpoint; `"rotations"`,
             linear in the number of turns: the paper's equation 18. They differ by up to 3x in a frequency.
         blend: `"frequency"` blends frequencies; `"wavelength"` blends scales, `theta_i / (ramp_i s + 1 - ramp_i)`, as
