@@ -57,7 +57,7 @@ not_an_option = st.sampled_from(["", "beta", "Factor", "rope_theta", "max_length
 not_a_choice = st.sampled_from(["", "EXACT", "bf16", None, 3, "none"])
 needs_factor = st.sampled_from(["yarn", "linear", "ntk", "llama3", "ntk_by_parts", "longrope", "resonance"])
 KNOWN = {*ropex.methods(), "pi"}
-turns_below_1, turns_above_1 = st.floats(0.1, 1), st.floats(1, 9)
+turns_below_1, turns_above_1 = st.floats(0.1, 1, exclude_max=True), st.floats(1, 9)
 FAULTS = {
     "method": st.fixed_dictionaries({"method": st.text(max_size=8).filter(lambda m: m not in KNOWN)}),
     "method type": st.fixed_dictionaries({"method": st.sampled_from([3, 2.5, ["yarn"], {"method": "yarn"}, object])}),

@@ -85,8 +85,8 @@ BAD_OPTIONS = [
         (name, {**factor, **options}, message)
         for name, factor in (("yarn", {"factor": 2}), ("ntk_by_parts", {"factor": 2}), ("dynamic_yarn", {}))
         for options, message in (
-            ({"beta_fast": 1, "beta_slow": 1}, r"beta_fast=1, beta_slow=1: beta_fast must be the larger.*swap them"),
-            ({"beta_fast": 1, "beta_slow": 32}, r"beta_fast=1, beta_slow=32: beta_fast must be the larger"),
+            ({"beta_fast": 1, "beta_slow": 2}, r"beta_fast=1, beta_slow=2: beta_fast must not be the smaller.*swap them"),
+            ({"beta_fast": 1, "beta_slow": 32}, r"beta_fast=1, beta_slow=32: beta_fast must not be the smaller"),
             ({"beta_fast": -1}, r"beta_fast=-1: must be a finite number > 0"),
             ({"beta_slow": 0}, r"beta_slow=0: must be a finite number > 0"),
             ({"ramp": "linear"}, r'ramp=\'linear\': must be one of "index", "rotations"'),

@@ -36,7 +36,7 @@ from ropex.patching.probe import (
 )
 from ropex.patching.tables import RotaryFunction, TableLayout, laid_out
 from ropex.rotation import Geometry
-from ropex.scaling import FrequencySchedule, Unscaled
+from ropex.scaling import FrequencySchedule, PositionInterpolation, Unscaled, YaRN
 
 __all__ = ["Anatomy", "Kind", "Site", "Spot", "examine", "find_active", "find_patched", "require_module"]
 
@@ -227,8 +227,8 @@ def _examine(model: nn.Module, trained_length: int | None, steps: list[str]) -> 
         steps.append(f"dry pass: {len(attentions)} of {len(found)} attentions are given cos and sin")
     if not attentions:
         raise UnsupportedModelError(
-            f"{name} has a rotary embedding module ({used[0]}) but none of its attentions is given its cos and sin, so a "
-            "patch would change nothing"
+            f"{name} has a rotary embedding module ({used[0]}) but none of its attentions was seen to use its cos and "
+            "sin, so a patch would change nothing"
         )
     notes = _notes(sites, [*without])
     steps.extend(notes)
@@ -373,7 +373,8 @@ def _examine_site(
         axes = axes_of_pairs(model_name, made, layout, claim)
         require_live(model_name, rotary, fresh, layout, claim)
         reach = maximum
-        if own is not None and known is not None:
+        # Some configs leave the maximum at the trained length. (llama3's factor is no ratio of lengths.)
+        if isinstance(own, YaRN | PositionInterpolation) and known is not None:
             reach = max(reach, own.target_length(known))
         if getattr(config, "dual_chunk_attention_config", None) is not None:
             reach = geometry.trained_length

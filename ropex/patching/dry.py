@@ -169,9 +169,8 @@ def _weightless(runner: nn.Module, rotaries: Mapping[str, Tables], configs: tupl
     copied = copy.deepcopy(runner, memo)
     for child in copied.modules():
         for name in _MOVED:
-            if vars(child).pop(name, None) is not None or name == "_compiled_call_impl":
-                vars(child).pop(name, None)
-        if hasattr(own := getattr(child, "config", None), "_attn_implementation"):
+            vars(child).pop(name, None)
+        if hasattr(own := vars(child).get("config"), "_attn_implementation"):  # not what stands for a rotary module
             own._attn_implementation = "eager"
     return copied.eval()
 

@@ -28,6 +28,7 @@ class LayerKind:
         window: the tokens that each sees; None, all.
         geometry: how they were pretrained.
         schedule: what they follow; None where transformers rotates them.
+        own: what they follow by the model's own config; None where ropex rotates them, or cannot read it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LayerKind:
     window: int | None
     geometry: Geometry
     schedule: FrequencySchedule | None
+    own: FrequencySchedule | None
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,7 @@ class Inspection:
         model: the model's class.
         patched: whether ropex rotates it.
         geometry: how it was pretrained.
-        schedule: what it follows: by the patch, or by the model's own config; None where no reading of the config
-            makes the model's cos and sin.
+        schedule: what it follows; None where the model is not patched.
         scaling: the type of scaling that its own config carries, or None. A patch overrides it.
         length: the context length that it is meant to reach, in tokens.
         length_known: whether the pretraining length is known; the geometry has the config's maximum otherwise.
@@ -59,6 +60,8 @@ class Inspection:
         kinds: what differs from layer to layer.
         written: the type under which the config of a patched model says what the patch does, so that plain
             transformers does the same with a saved checkpoint; None where it cannot: `Patch.save` and `ropex export`.
+        own: what a model that is not patched follows by its config; None where no reading of the config makes its cos
+            and sin.
         notes: what else a user should know of the model.
         steps: what each step of detection saw, of a model that is not patched.
     """
@@ -79,6 +82,7 @@ class Inspection:
     kinds: tuple[LayerKind, ...]
     written: str | None
     length_known: bool = True
+    own: FrequencySchedule | None = None
     notes: tuple[str, ...] = ()
     steps: tuple[str, ...] = ()
 
@@ -87,7 +91,7 @@ class Inspection:
         relative = f"{self.length / trained:g} x the trained {trained}" if self.length_known else "trained at fewer"
         in_effect = repr(self.schedule) if self.patched else f"transformers' {self.scaling or 'default'}"
         if not self.patched and self.scaling is not None:
-            in_effect += f", {self.schedule!r}" if self.schedule is not None else ", which ropex does not read"
+            in_effect += f", {self.own!r}" if self.own is not None else ", which ropex does not read"
         rows = {
             "model": f"{self.model}, {self.attentions} attention modules, rotary module {self.rotary}",
             "patched": "yes" if self.patched else "no",
@@ -105,7 +109,7 @@ class Inspection:
         if len(self.kinds) > 1 or self.kinds[0].window is not None:
             for kind in self.kinds:
                 sees = "all tokens" if kind.window is None else f"a window of {kind.window} tokens"
-                follows = kind.schedule if self.patched else f"transformers, {kind.schedule}"
+                follows = kind.schedule if self.patched else f"transformers, {kind.own}"
                 rows[f"{kind.layers} x {kind.name}"] = f"{sees}, base {kind.geometry.base:g}, {follows}"
         rows |= {f"note {number}": note for number, note in enumerate(self.notes, 1)}
         width = max(9, *map(len, rows))
@@ -128,7 +132,7 @@ def inspect(model: nn.Module) -> Inspection:
         if (swap := getattr(type(module), "ropex_made_from", None)) is not None and isinstance(swap, Swap):
             names = patched.tables.get(swap.layer_type) or next(iter(patched.tables.values()))
             followed = patched.ropes[names[swap.table or 0]]
-            key = (swap.layer_type or "all", swap.window, followed.geometry, followed.schedule)
+            key = (swap.layer_type or "all", swap.window, followed.geometry, followed.schedule, None)
             kinds[key] = kinds.get(key, 0) + 1
     return Inspection(
         model=type(model).__name__,
@@ -163,14 +167,15 @@ def _inspect_plain(model: nn.Module) -> Inspection:
     kinds: dict[tuple[Any, ...], int] = {}
     for attention in anatomy.attentions:
         kind = site.kind_for(attention.layer_type)
-        key = (attention.layer_type or "all", attention.window, kind.geometry, kind.own)
+        key = (attention.layer_type or "all", attention.window, kind.geometry, None, kind.own)
         kinds[key] = kinds.get(key, 0) + 1
     scaled = next((kind for kind in site.kinds if kind.scaling is not None), site.kinds[0])
     return Inspection(
         model=type(model).__name__,
         patched=False,
         geometry=scaled.geometry,
-        schedule=scaled.own,
+        schedule=None,
+        own=scaled.own,
         scaling=scaled.scaling,
         length=scaled.length,
         length_known=scaled.length_known,
@@ -190,8 +195,8 @@ def _inspect_plain(model: nn.Module) -> Inspection:
 
 def _layer_kinds(counted: dict[tuple[Any, ...], int]) -> tuple[LayerKind, ...]:
     return tuple(
-        LayerKind(name, layers, window, geometry, schedule)
-        for (name, window, geometry, schedule), layers in counted.items()
+        LayerKind(name, layers, window, geometry, schedule, own)
+        for (name, window, geometry, schedule, own), layers in counted.items()
     )
 
 

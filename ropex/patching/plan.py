@@ -298,7 +298,7 @@ def _require_length(name: str, kind: Kind, wish: str) -> None:
     if not kind.length_known:
         raise ValueError(
             f"{_carries(name, kind)} and does not tell the pretraining length, which {wish} needs; pass trained_length= "
-            "in tokens"
+            "in tokens, or set config.original_max_position_embeddings"
         )
 
 
