@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import itertools
+import math
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from ropex.patching.config import rope_parameters, with_parameters
 
 __all__ = ["LoadedModel", "Texts", "load_dataset_texts", "load_empty_model", "load_model", "load_texts"]
 
@@ -147,8 +150,13 @@ def load_dataset_texts(name: str, *, split: str = "test", column: str = "text", 
 
 
 def _read(path: Path) -> str:
+    if path.suffix in (".jsonl", ".ndjson"):
+        raise ValueError(
+            f"text {str(path)!r}: must be plain text, and JSON lines hold texts in a column; pass --dataset with its "
+            "directory"
+        )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise ValueError(f"text {str(path)!r}: must be UTF-8 text, {_first_line(error)}; convert it") from error
     except OSError as error:
@@ -185,7 +193,9 @@ def _converted(gguf: Path) -> Path:
 
     # transformers 4 would read a config that 5 wrote without its theta.
     major = transformers.__version__.partition(".")[0]
-    cached = platformdirs.user_cache_path("ropex") / f"{gguf.stem}-{digest[:16]}-transformers-{major}"
+    scaling = _gguf_scaling(gguf)
+    kept = f"{gguf.stem}-{digest[:16]}{'-scaled' if scaling else ''}-transformers-{major}"
+    cached = platformdirs.user_cache_path("ropex") / kept
     if cached.is_dir():
         return cached
 
@@ -198,6 +208,11 @@ def _converted(gguf: Path) -> Path:
     try:
         AutoTokenizer.from_pretrained(gguf.parent, **place).save_pretrained(unfinished)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **place, **dense)
+        if scaling:  # which transformers leaves in the file
+            parameters = {"rope_theta": rope_parameters(model.config)["rope_theta"], **scaling}
+            trained = scaling.get("original_max_position_embeddings", model.config.max_position_embeddings)
+            for key, value in with_parameters(model.config, parameters, None, trained).items():
+                setattr(model.config, key, value)
         model.save_pretrained(unfinished)
         try:
             unfinished.rename(cached)
@@ -209,6 +224,47 @@ def _converted(gguf: Path) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return cached
+
+
+def _gguf_scaling(path: Path) -> dict[str, Any]:
+    """The scaling that a GGUF file carries, as rotary parameters of transformers; empty: none.
+
+    llama.cpp divides the frequency of each pair by `rope_freqs.weight`, and reads the keys `rope.scaling.*`.
+
+    Raises:
+        ValueError: a scaling that has no such words.
+    """
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise ValueError(f"model {str(path)!r}: needs the gguf package: pip install gguf") from error
+    reader = gguf.GGUFReader(path)
+    fields = {name.partition(".rope.")[2]: field.contents() for name, field in reader.fields.items() if ".rope." in name}
+    context = next((f.contents() for name, f in reader.fields.items() if name.endswith(".context_length")), None)
+    divisors = [tensor.data.tolist() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    others = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_factors")]
+    kind, factor = fields.get("scaling.type", "none"), float(fields.get("scaling.factor", 1.0))
+    trained = int(fields.get("scaling.original_context_length", context or 0))
+    warmth = float(fields.get("scaling.attn_factor", 1.0))
+    if kind == "none" or factor == 1:
+        kind = "none"
+    untold = kind not in ("none", "linear", "yarn") or (warmth != 1 and kind != "yarn" and not divisors)
+    if others or untold or (divisors and kind != "none"):
+        said = ", ".join([*others, *(["rope_freqs.weight"] if divisors else []), f"rope.scaling.type={kind}"])
+        raise ValueError(
+            f"model {str(path)!r}: carries a scaling ({said}) that transformers cannot be told; load the checkpoint that "
+            "it was converted from"
+        )
+    original = {"original_max_position_embeddings": trained}
+    if divisors:
+        lists = {"short_factor": divisors[0], "long_factor": divisors[0]}
+        return {"rope_type": "longrope", "factor": 1.0, **lists, "attention_factor": warmth, **original}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        amplitude = warmth * (0.1 * math.log(factor) + 1)
+        return {"rope_type": "yarn", "factor": factor, "attention_factor": amplitude, **original}
+    return {}
 
 
 def _first_line(error: BaseException) -> str:

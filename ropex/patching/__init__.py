@@ -4,7 +4,7 @@ from ropex.patching.config import UnsupportedModelError
 from ropex.patching.export import Export, export
 from ropex.patching.generation import cache_argument, cache_of
 from ropex.patching.groups import param_groups
-from ropex.patching.inspect import Inspection, LayerKind, depends_on_length, inspect
+from ropex.patching.inspect import Inspection, LayerKind, depends_on_length, explain, inspect
 from ropex.patching.patch import OnScaled, Patch, find_patch, load, patch, unpatch
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "depends_on_length",
+    "explain",
     "export",
     "find_patch",
     "inspect",

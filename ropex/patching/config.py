@@ -20,7 +20,7 @@ __all__ = [
     "unscaled",
     "with_attributes",
     "with_parameters",
-    "without_scaling",
+    "words_beside",
 ]
 
 
@@ -133,7 +133,7 @@ def unscaled(config: Any, layer_type: str | None = None) -> Any:
         return config
     nested = layer_type is not None and isinstance(parameters.get(layer_type), dict)
     before = parameters[layer_type] if nested else parameters
-    plain = {**_beside(before), **without_scaling(rope_parameters(config, layer_type)), "rope_type": "default"}
+    plain = {**words_beside(before), "rope_type": "default"}
     config.rope_parameters = {**parameters, layer_type: plain} if nested else plain
     return config
 
@@ -159,7 +159,7 @@ def with_parameters(
         return {"rope_scaling": None if legacy["rope_type"] == "default" else legacy, **outside}
     nested = layer_type is not None and isinstance(before.get(layer_type), dict)
     flat = before[layer_type] if nested else before
-    flat = {**(flat if widened else _beside(flat)), **parameters}
+    flat = {**words_beside(flat, widened=widened), **parameters}
     return {"rope_parameters": {**before, layer_type: flat} if nested else flat, **outside}
 
 
@@ -171,20 +171,20 @@ def with_attributes(config: Any, attributes: dict[str, Any]) -> Any:
     return config
 
 
-def _beside(parameters: dict[str, Any]) -> dict[str, Any]:
+def words_beside(parameters: dict[str, Any], *, widened: bool = False) -> dict[str, Any]:
     """What rotary parameters say beside the scaling, with the pretraining length where a word may count from it.
 
     So does the temperature by position of Ministral 3, Mistral 4 and their kin, in every forward.
+
+    Args:
+        widened: the scaling stays, with another factor, and so do all its words.
     """
-    beside = without_scaling(parameters)
+    if widened:
+        return parameters
+    beside = {key: value for key, value in parameters.items() if key not in _SCALING}
     length = parameters.get("original_max_position_embeddings")
     counting = length is not None and not set(beside) <= _PLACES
     return {**beside, "original_max_position_embeddings": length} if counting else beside
-
-
-def without_scaling(parameters: dict[str, Any]) -> dict[str, Any]:
-    """What rotary parameters say beside the scaling, such as sections of the axes."""
-    return {key: value for key, value in parameters.items() if key not in _SCALING}
 
 
 def own_configs(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:

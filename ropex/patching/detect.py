@@ -353,7 +353,9 @@ def _examine_site(
         )
         scaling = scaling_type(config, layer_type)
         turning = (buffer != 0).cpu() if bool((buffer == 0).any()) else None
-        lengths = tuple({min(geometry.trained_length, 64), geometry.trained_length, 2 * geometry.trained_length, maximum})
+        lengths = tuple(
+            {min(geometry.trained_length, 64), geometry.trained_length, 2 * geometry.trained_length, maximum}
+        )
         plain = Claim(Unscaled(), geometry, lengths, turning, layer_type, count_axes(fresh, layer_type))
         own, unread, made = None, None, fresh
         for claim in _claims(plain, config, layer_type):

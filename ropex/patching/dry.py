@@ -205,9 +205,7 @@ def _watch(copied: nn.Module, seen: DryPass, attentions: Mapping[str, tuple[str,
         attention = copied.get_submodule(path)
         own = next((what for inside, what in ((g, (g, None)) for g in gives) if inside.startswith(f"{path}.")), None)
 
-        def rotates(
-            *args: Any, path: str = path, attention: Any = attention, own: Any = own, **kwargs: Any
-        ) -> Any:
+        def rotates(*args: Any, path: str = path, attention: Any = attention, own: Any = own, **kwargs: Any) -> Any:
             if what := found((args, kwargs)) or vars(attention).get("ropex_given") or own:
                 seen.kinds[path] = what
             return args[0] if len(args) < 2 or args[1] is None or found(args[1:2]) else args[:2]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,10 +18,16 @@ from safetensors.torch import save_file
 
 from ropex._checks import require_choice
 from ropex.patching import files
-from ropex.patching.config import without_scaling
+from ropex.patching.attention import settings_under
+from ropex.patching.config import rope_parameters, text_config, words_beside
+from ropex.patching.module import PatchedRotary
 from ropex.patching.native import divisors_of, written
+from ropex.patching.patch import Patch, load
+from ropex.patching.probe import Claim, fresh_rotary, makes_tables_of
+from ropex.patching.swap import Rotating
 from ropex.rotary import RotaryEmbedding
-from ropex.scaling import FrequencySchedule
+from ropex.rotation import Geometry
+from ropex.scaling import FrequencySchedule, LongRoPE
 
 __all__ = ["Export", "Target", "export"]
 
@@ -85,18 +91,15 @@ def export(
     if to == "gguf":
         return _to_gguf(saved, Path(out), model, length)
     source, out = Path(model if model is not None else directory), Path(out)
-    config_path = source / "config.json"
-    if not config_path.is_file():
+    if not (source / "config.json").is_file():
         raise ValueError(f"{source}: must hold the model's config.json; pass model=, the model's directory")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out={str(out)!r}: must be a new or empty directory; pass another one")
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    _require_apart(source, out)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     before = config.get("text_config", config).get("max_position_embeddings")
-    parameters, reach = _write_method(saved, config, length, to)
+    patch = _patched_like(saved, source)
+    parameters, reach = _write_method(saved, config, length, to, patch)
     lost: list[str] = []
-    if to == "vllm":
-        lost += _for_vllm(saved, parameters)
-    elif parameters["rope_type"] == "dynamic":
+    if parameters["rope_type"] == "dynamic":
         lost.append("transformers follows the growing length in the middle of a generation, and its cache does not")
     if saved.softmax_factor != 1:
         lost.append(
@@ -108,10 +111,11 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".ropex-") as made:
         new = Path(made) / "model"  # complete before it gets its name
-        shutil.copytree(source, new, ignore=shutil.ignore_patterns("ropex.*", "checkpoint-*", out.name))
+        shutil.copytree(source, new, ignore=shutil.ignore_patterns("ropex.*", "checkpoint-*"))
         _drop_learned(new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _update_lengths(new, before, reach)
+        _require_read_back(saved, new, patch, parameters, length)
         if out.exists():
             out.rmdir()  # empty, as was checked
         new.replace(out)
@@ -122,34 +126,107 @@ def export(
     return Export(out, parameters["rope_type"], reach, commands[to], tuple(lost))
 
 
+def _require_apart(source: Path, out: Path) -> None:
+    """Raise where the new directory is not new, or would be copied into itself."""
+    if out.is_symlink():
+        raise ValueError(f"out={str(out)!r}: is a link; pass the path of a new directory")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={str(out)!r}: must be a new or empty directory; pass another one")
+    if source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"out={str(out)!r}: lies in {str(source)!r}, which is copied; pass a directory outside of it")
+
+
+def _patched_like(saved: files.Saved, source: Path) -> Patch:
+    """The model that a directory's config describes, without weights and patched: the patch must fit it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
+
+    failure: Exception | None = None
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM):
+        try:
+            config = AutoConfig.from_pretrained(source)
+            with torch.device("meta"):
+                empty = auto.from_config(config)
+        except Exception as error:  # in a class of its own
+            failure = failure or error
+            continue
+        return load(empty, saved.directory)
+    raise ValueError(f"{source}: transformers cannot make a model of its config.json: {failure}") from failure
+
+
 def _write_method(
-    saved: files.Saved, config: dict[str, Any], length: int | None, to: Target
+    saved: files.Saved, config: dict[str, Any], length: int | None, to: Target, patch: Patch
 ) -> tuple[dict[str, Any], int]:
-    """Put the method in a config, in place: as the engine's own type, or as `longrope` where its class takes no other.
+    """Put the method in a config, in place: as the engine's own type, or as `longrope` where it takes no other.
 
     Returns:
         The parameters and the context length that they reach.
     """
     from transformers import AutoConfig
 
+    rotary = patch.rotary
     text = config.get("text_config", config)
-    text["ropex"] = {"trained_length": _rope(saved).geometry.trained_length, **saved.schedule.to_dict()}
-    before = copy.deepcopy(text)
-    for own_types in (True, False):
-        layer_type, parameters, reach = _parameters(saved, length, own_types=own_types)
-        # vLLM multiplies where transformers replaces the amplitude, and has no word for a ramp that is not truncated.
-        if to == "vllm" and parameters["rope_type"] == "yarn" and {"attention_factor", "truncate"} & set(parameters):
+    text["ropex"] = {"trained_length": rotary.stated_length, **saved.schedule.to_dict()}
+    if rotary.unchanged and length is None:  # the config says it already
+        text["max_position_embeddings"] = rotary.target
+        return rope_parameters(rotary.config, _rope(saved).layer_type), rotary.target
+    before, refusal = copy.deepcopy(text), None
+    for words in ({}, {"own_types": False, "mscales": True}, {"own_types": False}):
+        layer_type, parameters, reach = _parameters(saved, length, **words)
+        if to == "vllm" and not _for_vllm(saved, parameters, rotary.axes):
             continue
         text.clear()
         text |= copy.deepcopy(before)
-        _write_parameters(text, layer_type, parameters, reach)
+        _write_parameters(text, layer_type, parameters, reach, rotary)
         try:
             AutoConfig.for_model(**copy.deepcopy(config))
         except Exception as error:  # in a class of its own
             refusal = error
         else:
-            return text["rope_parameters"] if layer_type is None else text["rope_parameters"][layer_type], reach
+            return parameters, reach
     raise ValueError(f"{saved.directory}: transformers does not take the config: {refusal}") from refusal
+
+
+def _require_read_back(
+    saved: files.Saved, new: Path, patch: Patch, parameters: dict[str, Any], length: int | None
+) -> None:
+    """Raise unless a reader of the new config finds the parameters in it, and an attention and rotation as patched.
+
+    Engines read the config as transformers does, which prefers one copy of the parameters to the other.
+    """
+    from transformers import AutoConfig
+
+    rotary, rope = patch.rotary, _rope(saved)
+    config = text_config(AutoConfig.from_pretrained(new))
+    read = rope_parameters(config, rope.layer_type)
+    wrong = {key: read.get(key) for key, value in parameters.items() if _plain(read.get(key)) != _plain(value)}
+    if wrong:
+        wanted = {key: parameters[key] for key in wrong}
+        raise ValueError(f"{saved.directory}: the new config would be read with {wrong}, and the patch has {wanted}")
+    if saved.softmax_factor == 1:
+        for module in patch.model.modules():
+            made = settings_under(module, config, rotary.config) if isinstance(module, Rotating) else None
+            for name in ("scaling", "softmax_scale"):
+                if made is not None and name in made and made[name] != getattr(module, name):
+                    raise ValueError(
+                        f"{saved.directory}: an attention made of the new config has {name}={made[name]}, and the patch "
+                        f"{getattr(module, name)}"
+                    )
+    if parameters["rope_type"] == "dynamic" or rotary.unchanged:  # it follows each length; or nothing was changed
+        return
+    trained, reach = rope.geometry.trained_length, length or rotary.target
+    divisors, amplitude = divisors_of(_schedule(saved), rope.geometry, rope.turning, length)
+    schedule = LongRoPE(max(reach / trained, 1.0), divisors, divisors, amplitude=amplitude)
+    count = max(rotary.axes) + 1 if rotary.axes is not None else None
+    lengths = (min(64, reach), min(trained, reach), reach)
+    with torch.device("cpu"):
+        fresh = fresh_rotary(type(patch.model).__name__, rotary.original, config)
+        claim = Claim(schedule, rope.geometry, lengths, None, rope.layer_type, count, rotary.axes)
+        if not makes_tables_of(fresh, rotary.layout, claim):
+            raise ValueError(f"{saved.directory}: the new config makes other cos and sin than the patch")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _rope(saved: files.Saved) -> files.SavedRope:
@@ -175,49 +252,62 @@ def _schedule(saved: files.Saved) -> FrequencySchedule:
     return rope.eval().schedule
 
 
-def _parameters(saved: files.Saved, length: int | None, *, own_types: bool) -> tuple[str | None, dict[str, Any], int]:
+def _parameters(saved: files.Saved, length: int | None, **words: bool) -> tuple[str | None, dict[str, Any], int]:
     """The layer type that the parameters are for, the parameters, and the context length that they reach."""
     rope, schedule = _rope(saved), _schedule(saved)
-    parameters = written(schedule, rope.geometry, rope.turning, length, own_types=own_types)
+    parameters = written(schedule, rope.geometry, rope.turning, length, **words)
     reach = length or schedule.target_length(rope.geometry.trained_length)
     if parameters["rope_type"] == "dynamic":  # which counts from what the config says is the maximum
         reach = rope.geometry.trained_length
     return rope.layer_type, parameters, reach
 
 
-def _write_parameters(text: dict[str, Any], layer_type: str | None, parameters: dict[str, Any], reach: int) -> None:
-    """Put the parameters in a config, in the words of transformers 5 and, where there are any, of 4."""
-    before = text.get("rope_parameters") or {}
+def _write_parameters(
+    text: dict[str, Any], layer_type: str | None, parameters: dict[str, Any], reach: int, rotary: PatchedRotary
+) -> None:
+    """Put the parameters in a config, in the words of transformers 5 and, where there are any, of 4.
+
+    What else a config says of its rotary embedding is taken from the model's own, which transformers has read.
+    """
+    beside = words_beside(rope_parameters(rotary.config, layer_type), widened=rotary.settings["on_scaled"] == "keep")
+    whole = {**beside, **parameters}
+    text.pop("rope_scaling", None)
     if layer_type is not None:
-        text["rope_parameters"] = {**before, layer_type: parameters}
+        text["rope_parameters"] = {**rotary.config.rope_parameters, layer_type: whole}
     else:
-        kept = without_scaling({**(text.get("rope_scaling") or {}), **before})
-        text["rope_parameters"] = {**kept, **parameters}
-        legacy = {key: value for key, value in text["rope_parameters"].items() if key != "rope_theta"}
+        text["rope_parameters"] = whole
+        legacy = {key: value for key, value in whole.items() if key != "rope_theta"}
         text["rope_theta"] = parameters["rope_theta"]
         text["rope_scaling"] = None if legacy == {"rope_type": "default"} else legacy
-        if "partial_rotary_factor" in kept:
-            text["partial_rotary_factor"] = kept["partial_rotary_factor"]
+        if "partial_rotary_factor" in whole:
+            text["partial_rotary_factor"] = whole["partial_rotary_factor"]
         if "rotary_pct" in text or text.get("model_type") == "gpt_neox":
-            text["rotary_pct"] = kept.get("partial_rotary_factor", text.get("rotary_pct", 0.25))
+            text["rotary_pct"] = whole.get("partial_rotary_factor", text.get("rotary_pct", 0.25))
             text["rotary_emb_base"] = parameters["rope_theta"]
     text["max_position_embeddings"] = reach
     if "original_max_position_embeddings" in text:
         text["original_max_position_embeddings"] = parameters.get("original_max_position_embeddings", reach)
 
 
-def _for_vllm(saved: files.Saved, parameters: dict[str, Any]) -> Iterator[str]:
-    """Make parameters vLLM's, and say what it does otherwise."""
-    if parameters["rope_type"] == "longrope":
-        if saved.channels != "half":
-            raise ValueError(
-                f"{saved.directory}: pairs {saved.channels} channels, and vLLM takes one divisor per pair only for "
-                'halves; use a method with a type of its own ("linear", "yarn", "llama3")'
-            )
-        for name in ("short_mscale", "long_mscale"):  # it does not read attention_factor
-            parameters[name] = parameters["attention_factor"]
-    if parameters["rope_type"] == "dynamic":
-        yield "vLLM scales every context for the longest one, whatever its length"
+def _for_vllm(saved: files.Saved, parameters: dict[str, Any], axes: tuple[int, ...] | None) -> bool:
+    """Whether vLLM and SGLang follow these parameters; False: `longrope` may do instead."""
+    kind, halves = parameters["rope_type"], saved.channels == "half"
+    if kind == "dynamic":
+        raise ValueError(
+            f"{saved.directory}: vLLM and SGLang know one length alone, and serve {saved.schedule!r} unscaled: pass "
+            "length=, the context length in tokens to freeze it at"
+        )
+    if kind == "yarn":
+        # SGLang and older versions of vLLM read neither of these; for MLA they read the pair of mscale themselves.
+        unread = {"attention_factor", "truncate", *(["mscale"] if halves else [])} & set(parameters)
+        return not unread
+    if kind == "longrope" and (not halves or axes is not None):
+        pairs = f"pairs {saved.channels} channels" if not halves else "has positions with several axes"
+        raise ValueError(
+            f"{saved.directory}: {pairs}, and vLLM takes one divisor per pair only for halves of text models; use a "
+            'method with a type of its own ("linear", "yarn", "llama3")'
+        )
+    return kind != "longrope" or "long_mscale" in parameters  # it does not read attention_factor
 
 
 def _drop_learned(out: Path) -> None:
@@ -281,12 +371,7 @@ def _to_gguf(saved: files.Saved, out: Path, model: str | Path | None, length: in
     rope, schedule = _rope(saved), _schedule(saved)
     divisors, amplitude = divisors_of(schedule, rope.geometry, rope.turning, length)
     reach = length or schedule.target_length(rope.geometry.trained_length)
-    dimension = reader.get_field(gguf.Keys.Rope.DIMENSION_COUNT.format(arch=arch))
-    if dimension is not None and int(dimension.contents()) != rope.geometry.dim:
-        raise ValueError(
-            f"{source}: rotates {dimension.contents()} channels, and the patch {rope.geometry.dim}: convert the model "
-            "that the patch was made for"
-        )
+    _require_gguf_fits(gguf, reader, source, arch, rope.geometry)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.new")
     writer = gguf.GGUFWriter(partial, arch=arch)
@@ -306,6 +391,28 @@ def _to_gguf(saved: files.Saved, out: Path, model: str | Path | None, length: in
     lost = ("llama.cpp multiplies by the amplitude as rope.scaling.attn_factor, which builds before 2024 do not read",)
     command = f"llama-server -m {out} -c {reach}"
     return Export(out, "rope_freqs", reach, command, lost if amplitude != 1 else ())
+
+
+def _require_gguf_fits(gguf: Any, reader: Any, source: Path, arch: str, geometry: Geometry) -> None:
+    """Raise unless a file is whole, and of the model that the patch was made for."""
+
+    def said(key: str, default: Any) -> Any:
+        field = reader.get_field(key.format(arch=arch))
+        return field.contents() if field is not None else default
+
+    if (shards := said(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 1)) > 1:
+        raise ValueError(f"{source}: is one of {shards} files; join them with llama-gguf-split --merge first")
+    if (dimension := said(gguf.Keys.Rope.DIMENSION_COUNT, geometry.dim)) != geometry.dim:
+        raise ValueError(
+            f"{source}: rotates {dimension} channels, and the patch {geometry.dim}: convert the model "
+            "that the patch was made for"
+        )
+    base = said(gguf.Keys.Rope.FREQ_BASE, 10_000.0)  # llama.cpp's default
+    if not math.isclose(base, geometry.base, rel_tol=1e-6):
+        raise ValueError(
+            f"{source}: has the base {base:g}, and the patch {geometry.base:g}: convert the model that the patch was "
+            "made for"
+        )
 
 
 def _one_gguf(directory: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ropex.patching.tables import Channels, TableLayout
 from ropex.rotation import Geometry
 from ropex.scaling import FrequencySchedule
 
-__all__ = ["Inspection", "LayerKind", "depends_on_length", "inspect"]
+__all__ = ["Inspection", "LayerKind", "depends_on_length", "explain", "inspect"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,6 @@ class Inspection:
         own: what a model that is not patched follows by its config; None where no reading of the config makes its cos
             and sin.
         notes: what else a user should know of the model.
-        steps: what each step of detection saw, of a model that is not patched.
     """
 
     model: str
@@ -84,7 +84,6 @@ class Inspection:
     length_known: bool = True
     own: FrequencySchedule | None = None
     notes: tuple[str, ...] = ()
-    steps: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         trained = self.geometry.trained_length
@@ -154,6 +153,14 @@ def inspect(model: nn.Module) -> Inspection:
     )
 
 
+def explain(model: nn.Module) -> tuple[str, ...]:
+    """What each step of detection sees in a model that is not patched; the last one says why it is refused, if it is."""
+    steps: list[str] = []
+    with contextlib.suppress(ValueError):
+        examine(model, steps=steps)
+    return tuple(steps)
+
+
 def _tells(model: nn.Module, config: Any) -> bool:
     """Whether it is this config that the model would save: not where a part of it was patched alone."""
     own = getattr(model, "config", None)
@@ -161,8 +168,7 @@ def _tells(model: nn.Module, config: Any) -> bool:
 
 
 def _inspect_plain(model: nn.Module) -> Inspection:
-    steps: list[str] = []
-    anatomy = examine(model, steps=steps)
+    anatomy = examine(model)
     site = anatomy.sites[0]
     kinds: dict[tuple[Any, ...], int] = {}
     for attention in anatomy.attentions:
@@ -189,7 +195,6 @@ def _inspect_plain(model: nn.Module) -> Inspection:
         kinds=_layer_kinds(kinds),
         written=None,
         notes=anatomy.notes,
-        steps=tuple(steps),
     )
 
 

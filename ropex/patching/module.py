@@ -59,6 +59,7 @@ class PatchedRotary(nn.Module):
         self.settings: dict[str, Any] = {}
         self.scaling: str | None = None
         self.written: str | None = None
+        self.unchanged = False
         self.target = 0
         self.stated_length: int | None = None
         self.softmax_factor = 1.0

@@ -53,11 +53,11 @@ class Patch:
 
     def __init__(self, model: nn.Module, patched: PatchedRotary) -> None:
         self.model = model
-        self._patched = patched
+        self.rotary = patched
 
     @property
     def schedule(self) -> FrequencySchedule:
-        return self._patched.rope.schedule
+        return self.rotary.rope.schedule
 
     def remove(self) -> None:
         """Put everything back, bit for bit.
@@ -87,7 +87,7 @@ class Patch:
         self._require_in_effect()
         require_choice("outgrown", outgrown, get_args(Outgrown))
         spots = find_patched(self.model)
-        before = self._patched.rope.pinned_length, self._patched.outgrown
+        before = self.rotary.rope.pinned_length, self.rotary.outgrown
 
         def pin(length: int | None, outgrown: str) -> None:
             for spot in spots:
@@ -118,7 +118,7 @@ class Patch:
             self.remove()
 
     def _in_effect(self) -> bool:
-        return any(spot.patched is self._patched for spot in find_patched(self.model))
+        return any(spot.patched is self.rotary for spot in find_patched(self.model))
 
     def _require_in_effect(self) -> None:
         if not self._in_effect():

@@ -139,6 +139,7 @@ def plan_for(model: nn.Module, anatomy: Anatomy, wish: Wish) -> Plan:
     first.softmax_factor = next(iter(amplitudes.values()), 1.0)
     first.scaling = main.scaling
     first.written = parameters[0] if parameters is not None else None
+    first.unchanged = unchanged
     first.target = target
     first.stated_length = main.geometry.trained_length if main.length_known else None
     places = tuple((site.owner, site.name, site.owner.training) for site in anatomy.sites)
@@ -232,7 +233,7 @@ def _schedule(name: str, kind: Kind, wish: Wish) -> tuple[FrequencySchedule, int
     if kind.scaling is not None:
         if wish.settings["on_scaled"] == "error":
             raise ValueError(
-                f"{_carries(name, kind)}: scaling twice is rarely meant; pass on_scaled=\"replace\" to count from the "
+                f'{_carries(name, kind)}: scaling twice is rarely meant; pass on_scaled="replace" to count from the '
                 'pretraining length, on_scaled="keep" to keep that scaling and widen it if factor or length is given, '
                 "or remove the scaling from the config and load the model anew"
             )
@@ -362,7 +363,7 @@ def _parameters(
     lengths = (min(64, trained), trained, max(target, trained))
     claim = Claim(schedule, kind.geometry, lengths, turning, kind.layer_type, count, site.axes)
     attentions = {path: attention.functions for path, attention in anatomy.within.items()}
-    for words in ({}, {"own_types": False}, {"own_types": False, "mscales": True}):
+    for words in ({}, {"own_types": False, "mscales": True}, {"own_types": False}):
         try:
             parameters = written(schedule, kind.geometry, kind.turning, **words)
             attributes = with_parameters(site.rotary.config, parameters, kind.layer_type, trained, widened=widened)

@@ -142,7 +142,9 @@ def count_axes(rotary: nn.Module, layer_type: str | None) -> int | None:
     """How many axes the positions of a module may have, [axes, batch, seq]; None where they have one alone."""
     for axes in _AXES:
         try:
-            got = _as_tuple(rotary(hidden_states_like(), torch.zeros(axes, 1, 1, dtype=torch.int64), *_kinds(layer_type)))
+            got = _as_tuple(
+                rotary(hidden_states_like(), torch.zeros(axes, 1, 1, dtype=torch.int64), *_kinds(layer_type))
+            )
         except Exception:  # of a number of axes that it does not take
             continue
         if isinstance(got, tuple) and all(isinstance(each, Tensor) and each.shape[:-1] == (1, 1) for each in got):
@@ -314,9 +316,7 @@ def _rotates_so(how: RotaryFunction, answer: Any, cos: Tensor, sin: Tensor) -> b
     return _match(got, want, torch.tensor(1e-5))
 
 
-def _exact(
-    rotation: Rotation, turning: Tensor | None, followed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _exact(rotation: Rotation, turning: Tensor | None, followed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cos and sin [batch, seq, half] in float64; `followed` are the positions of each pair, where they differ."""
     positions, inv_freq, amplitude = rotation
     if turning is not None:

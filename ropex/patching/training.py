@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ropex.patching import files
 from ropex.patching.detect import Spot, find_active
@@ -17,12 +18,13 @@ __all__ = ["RopexCallback"]
 _log = logging.getLogger("ropex")
 
 
-class RopexCallback(TrainerCallback):
+class RopexCallback(TrainerCallback, ExportableState):
     """Keeps watch over a patch in a run of transformers' Trainer, or of one that is made from it.
 
     At the start it checks that the patch is in effect, that no sample is longer than what the patch reaches, and that
     what the method learns is trained and not decayed. It logs what the patch does, and writes `ropex.json` and
-    `ropex.safetensors` into each checkpoint and at the end into the output directory, for `ropex.load`.
+    `ropex.safetensors` into each checkpoint and at the end into the output directory, for `ropex.load`. A run that goes
+    on from a checkpoint goes on with its draws, also where a checkpoint holds no more than an adapter.
 
     Args:
         max_length: tokens of the longest sample. None: what the arguments of the run say (`max_length`,
@@ -37,13 +39,28 @@ class RopexCallback(TrainerCallback):
 
     def __init__(self, max_length: int | None = None) -> None:
         self.max_length = max_length
+        self._spots: list[Spot] = []
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer keeps in `trainer_state.json`: the next step of what the schedule draws."""
+        steps = [int(step) for step in self._steps()]
+        return {"args": {"max_length": self.max_length}, "attributes": {"steps": steps}}
+
+    def _steps(self) -> list[Tensor]:
+        ropes = (rope for spot in self._spots for rope in spot.patched.ropes.values())
+        return [rope.step for rope in ropes if rope.schedule.augments]  # type: ignore[union-attr,misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         spots = _require_patched(model)
-        patched = spots[0].patched
+        patched, self._spots = spots[0].patched, spots
         for spot in spots:
             spot.patched.check()
-        reach = patched.config.max_position_embeddings
+        kept = (getattr(state, "stateful_callbacks", None) or {}).get(type(self).__name__, {})
+        kept = kept[0] if isinstance(kept, list) else kept
+        if getattr(state, "global_step", 0):
+            for step, value in zip(self._steps(), kept.get("attributes", {}).get("steps", []), strict=False):
+                step.fill_(value)
+        reach = patched.target
         longest = self._longest(args, kwargs.get("train_dataloader"))
         if longest is not None and longest > reach:
             raise ValueError(
