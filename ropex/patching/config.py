@@ -11,6 +11,7 @@ from torch import nn
 
 __all__ = [
     "UnsupportedModelError",
+    "layer_types",
     "own_configs",
     "pretraining_length",
     "rope_parameters",
@@ -88,6 +89,11 @@ def rope_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any
     return {**parameters, "rope_type": rope_type, "rope_theta": float(theta)}
 
 
+def layer_types(config: Any) -> list[str]:
+    """The layer types that have rotary parameters of their own."""
+    return [name for name, value in (_words_of_5(config) or {}).items() if isinstance(value, dict)]
+
+
 def scaling_type(config: Any, layer_type: str | None = None) -> str | None:
     """The type of scaling that the config carries, or None."""
     parameters = rope_parameters(config, layer_type)
@@ -104,6 +110,10 @@ def pretraining_length(config: Any, layer_type: str | None = None) -> int | None
     """
     if (stated := stated_length(config, layer_type)) is not None:
         return stated
+    if layer_type is not None and scaling_type(config, layer_type) is None:  # layers are trained together
+        others = [each for each in layer_types(config) if scaling_type(config, each) is not None]
+        if others:
+            return pretraining_length(config, others[0])
     scaling = scaling_type(config, layer_type)
     # dynamic extends what max_position_embeddings says
     says = scaling is None or (scaling == "dynamic" and not rope_parameters(config, layer_type).get("alpha"))
