@@ -90,7 +90,7 @@ def contenders(setting: Setting, inputs: Inputs, device: str) -> dict[str, Calla
         FLOOR: lambda q, k: (torch.empty_like(q).copy_(q), torch.empty_like(k).copy_(k)),
         BASELINE: lambda q, k: eager(q, k, *wide),
         "torch.compile of it": lambda q, k: compiled(q, k, *wide),
-        "ropex, table": lambda q, k: rotate_with_table(q, k, cos, sin, layout=layout),
+        "ropex, table": lambda q, k: rotate_with_table(q, k, cos, sin, layout=layout, rotary_dim=2 * cos.shape[-1]),
         "ropex, angles inside": lambda q, k: ropex.rotate(q, k, rotation, layout=layout),
     }
     if device == "cuda":

@@ -21,8 +21,8 @@ class RotaryEmbedding(nn.Module):
     """Asks a schedule for the rotation of each forward pass.
 
     Call it once per pass and hand its answer to every layer's `ropex.rotate`. Its frequencies are no buffer, so that
-    nothing that casts a model's buffers can round them. Parameters it has only with a learned schedule (`clex`), and of its own in the
-    state_dict only `step`, where the schedule draws.
+    nothing that casts a model's buffers can round them. Parameters it has only with a learned schedule (`clex`), and of
+    its own in the state_dict only `step`, where the schedule draws.
 
     In training mode a schedule that draws gets one key per row of the positions, made from the seed, the step, and the
     row's index among the rows of all data-parallel ranks. Every call in training mode is a step, so that none may be
@@ -91,8 +91,8 @@ class RotaryEmbedding(nn.Module):
         positions = positions.to(torch.int64)
         if self.schedule.augments and self.step.dtype != torch.int64:
             raise RuntimeError(
-                f"step has become {self.step.dtype}: must be int64, or what is drawn would repeat; something cast every "
-                "buffer of the model; cast floating-point tensors alone, as model.to(dtype) does"
+                f"step has become {self.step.dtype}: must be int64, or what is drawn would repeat; something cast "
+                "every buffer of the model; cast floating-point tensors alone, as model.to(dtype) does"
             )
         if self.inv_freq.device != positions.device and not torch.compiler.is_compiling():
             self._move(positions.device)

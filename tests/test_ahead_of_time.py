@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("ahead of time")  # one process compiles for all
 REPOSITORY = Path(__file__).parents[1]
 KERNELS = [
     "forward", "backward", "interleaved", "table", "per_token", "split", "any_stride", "partial",

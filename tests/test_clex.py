@@ -209,7 +209,7 @@ class Asks(torch.nn.Module):
 @pytest.mark.parametrize("base", [1e4, pytest.param(5e5, marks=pytest.mark.slow), 1e7])
 @pytest.mark.parametrize("activation", ["tanh", "silu"])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("learning_rate", [1e-3, 0.3])
+@pytest.mark.parametrize("learning_rate", [pytest.param(1e-3, marks=pytest.mark.slow), 0.3])
 def test_gradients_stay_finite(base: float, activation: Any, autocast: bool, learning_rate: float) -> None:
     """After 100 steps towards random targets, the second rate so high that the net runs wild."""
     geometry = ropex.Geometry(32, base, 64)

@@ -493,11 +493,12 @@ def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path, pack
 # --- the embedded default ---------------------------------------------------------------------------------------------
 
 
-def test_the_main_job_on_the_default_model(tmp_path: Path) -> None:
-    """A real process with no argument but a shorter text, twice: the weights are converted once."""
+@pytest.mark.parametrize("runs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_main_job_on_the_default_model(runs: int, tmp_path: Path) -> None:
+    """A real process with no argument but a shorter text; when it runs twice, the weights are converted once."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     times = set()
-    for number in range(2):
+    for number in range(runs):
         out = tmp_path / str(number)
         command = [sys.executable, "-m", "ropex", "perplexity", "--length", "300", "--bins", "3", "--out", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -158,13 +158,13 @@ def test_a_model_that_carries_a_scaling() -> None:
 def test_a_killed_run_goes_on_and_gives_the_same_numbers(tmp_path: Path) -> None:
     """SIGKILL in the middle of a real process, as soon as some cells are on disk."""
     model_dir, text = tmp_path / "model", tmp_path / "text"
-    tiny_model("llama", vocab_size=260, num_hidden_layers=6, hidden_size=256).save_pretrained(model_dir)
+    tiny_model("llama", vocab_size=260, num_hidden_layers=4).save_pretrained(model_dir)
     byte_tokenizer().save_pretrained(model_dir)
     text.write_text("the meadow is green, and the sky is wide; " * 800, encoding="utf-8")
     config = tmp_path / "compare.yaml"
     config.write_text(
-        f"model: {model_dir}\ntext: {text}\nmethods: [none, yarn]\nlength: 2000\ndocuments: 10\nbins: 4\n"
-        "tasks: [passkey]\nlengths: [1500]\nsamples: 2\ndepths: [0.1, 0.9]\ndevice: cpu\n"
+        f"model: {model_dir}\ntext: {text}\nmethods: [none, yarn]\nlength: 800\ndocuments: 10\nbins: 4\n"
+        "tasks: [passkey]\nlengths: [600]\nsamples: 2\ndepths: [0.1, 0.9]\ndevice: cpu\n"
     )
 
     def command(out: str) -> list[str]:

@@ -22,10 +22,18 @@ from tests.families import EXPERTS, FIVE, MLA, SIZES
 
 pytestmark = pytest.mark.skipif(not FIVE, reason="read as transformers 5 reads it")
 
-RELEASES = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).with_name("configs").glob("*.json"))}
+RELEASES = {
+    path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).with_name("configs").glob("*.json"))
+}
 LENGTH = 48
 SMALL = {"n_shared_experts": 1, "num_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-SMALL |= {"index_n_heads": 4, "index_head_dim": 128, "index_topk": 64, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16}
+SMALL |= {
+    "index_n_heads": 4,
+    "index_head_dim": 128,
+    "index_topk": 64,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 16,
+}
 
 
 def tiny(release: dict[str, Any]) -> nn.Module:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import ropex
 from ropex.patching import files
 from ropex.patching.swap import Rotating
+from tests.conftest import thinned
 from tests.oracles import LOGIT_ERROR, TRAINED_LENGTH, cached, logits, tiny_config, tiny_model, tiny_tokens
 
 four_families = pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt_neox"])
@@ -56,7 +57,7 @@ def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 # --- compiled and exported --------------------------------------------------------------------------------------------
 
 
-@four_families
+@pytest.mark.parametrize("family", thinned(["llama", "mistral", "qwen3", "gpt_neox"], "llama"))
 def test_compiled_training_with_a_learned_schedule(family: str) -> None:
     torch.compiler.reset()
     model, ids = patched(family, "clex").train(), tiny_tokens(64)

@@ -410,7 +410,10 @@ def test_static_methods_need_no_pin() -> None:
 
 @pytest.mark.parametrize(
     ("family", "backend"),
-    [*((family, "aot_eager") for family in FAMILIES), pytest.param("llama", "inductor", marks=pytest.mark.slow)],
+    [
+        *(pytest.param(f, "aot_eager", marks=[] if f in ("llama", "gpt_neox") else pytest.mark.slow) for f in FAMILIES),
+        pytest.param("llama", "inductor", marks=pytest.mark.slow),
+    ],
 )
 def test_two_differently_patched_models_compiled_in_one_process(family: str, backend: str) -> None:
     torch.compiler.reset()

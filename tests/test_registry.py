@@ -85,7 +85,10 @@ BAD_OPTIONS = [
         (name, {**factor, **options}, message)
         for name, factor in (("yarn", {"factor": 2}), ("ntk_by_parts", {"factor": 2}), ("dynamic_yarn", {}))
         for options, message in (
-            ({"beta_fast": 1, "beta_slow": 2}, r"beta_fast=1, beta_slow=2: beta_fast must not be the smaller.*swap them"),
+            (
+                {"beta_fast": 1, "beta_slow": 2},
+                r"beta_fast=1, beta_slow=2: beta_fast must not be the smaller.*swap them",
+            ),
             ({"beta_fast": 1, "beta_slow": 32}, r"beta_fast=1, beta_slow=32: beta_fast must not be the smaller"),
             ({"beta_fast": -1}, r"beta_fast=-1: must be a finite number > 0"),
             ({"beta_slow": 0}, r"beta_slow=0: must be a finite number > 0"),
@@ -103,7 +106,7 @@ BAD_OPTIONS = [
         {"factor": 2, "mscale": 1, "mscale_all_dim": 1, "amplitude": 1},
         r"amplitude=1 with mscale=1: amplitude re",
     ),
-    ("llama3", {"factor": 2, "low_freq_factor": 4}, r"low_freq_factor=4, high_freq_factor=4\.0: high_freq_factor must"),
+    ("llama3", {"factor": 2, "low_freq_factor": 5}, r"low_freq_factor=5, high_freq_factor=4\.0: high_freq_factor must"),
     ("llama3", {"factor": 2, "low_freq_factor": 0}, r"low_freq_factor=0: must be a finite number > 0"),
     ("longrope", {"factor": 2, "long_factors": 3}, r"long_factors=3: must be a list of dim // 2 numbers, or None"),
     ("longrope", {"factor": 2, "long_factors": "1,2"}, r"long_factors='1,2': must be a list of dim // 2 numbers"),

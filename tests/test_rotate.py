@@ -303,5 +303,20 @@ def test_bad_tables(cos: Tensor, sin: Tensor) -> None:
 def test_tables_of_lower_precision_are_used_as_they_are() -> None:
     cos, sin = (t.to(torch.bfloat16) for t in table(make_rotation(9)))
     q = torch.randn(2, 4, 9, 64)
-    assert torch.equal(rotate_with_table(q, None, cos, sin), rotate_with_table(q, None, cos.float(), sin.float()))
-    assert math.isclose(rotate_with_table(q, None, cos, sin).norm().item(), q.norm().item() * 1.1386, rel_tol=1e-2)
+    got = rotate_with_table(q, None, cos, sin, rotary_dim=64)
+    assert torch.equal(got, rotate_with_table(q, None, cos.float(), sin.float(), rotary_dim=64))
+    assert math.isclose(got.norm().item(), q.norm().item() * 1.1386, rel_tol=1e-2)
+
+
+def test_a_table_half_a_head_wide_may_be_two_things() -> None:
+    """Every pair of a head once, or each of half as many pairs twice: the caller says which."""
+    cos, sin = table(make_rotation(9))
+    q = torch.randn(2, 4, 9, 64)
+    with pytest.raises(
+        ValueError, match=r"may be one value for each of 32 pairs, or each value twice for 16; pass rot"
+    ):
+        rotate_with_table(q, None, cos, sin)
+    narrow = [t[..., :16] for t in (cos, sin)]
+    partial = rotate_with_table(q, None, *(torch.cat((t, t), -1) for t in narrow), rotary_dim=32)
+    assert torch.equal(partial, rotate_with_table(q, None, *narrow, rotary_dim=32))
+    assert torch.equal(partial[..., 32:], q[..., 32:])

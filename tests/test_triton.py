@@ -108,9 +108,10 @@ def test_tables_of_any_dtype_and_width(device: str) -> None:
         full = [torch.cat((t, t), -1) if layout == "half" else t.repeat_interleave(2, -1) for t in half_tables]
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             cos, sin = (t.to(dtype) for t in half_tables)
-            got = rotate_with_table(q, None, *(t.to(dtype) for t in full), layout=layout, backend="triton")
-            assert torch.equal(got, rotate_with_table(q, None, cos, sin, layout=layout, backend="triton"))
-            assert close(got, rotate_with_table(q, None, cos.float(), sin.float(), layout=layout, backend="reference"))
+            options: dict[str, Any] = {"layout": layout, "rotary_dim": 64}
+            got = rotate_with_table(q, None, *(t.to(dtype) for t in full), **options, backend="triton")
+            assert torch.equal(got, rotate_with_table(q, None, cos, sin, **options, backend="triton"))
+            assert close(got, rotate_with_table(q, None, cos.float(), sin.float(), **options, backend="reference"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -33,7 +33,9 @@ class Engine(StrEnum):
 @clear_errors
 def inspect(
     directory: Annotated[Path, typer.Argument(help="Model directory with config.json, and ropex.json if patched.")],
-    why: Annotated[bool, typer.Option("--why", help="What each step of detection saw, also of a refused model.")] = False,
+    why: Annotated[
+        bool, typer.Option("--why", help="What each step of detection saw, also of a refused model.")
+    ] = False,
 ) -> None:
     """What the rotary embedding of a saved model does, and what an export would carry. Reads no weights."""
     model = load_empty_model(directory)

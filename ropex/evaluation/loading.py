@@ -239,7 +239,9 @@ def _gguf_scaling(path: Path) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise ValueError(f"model {str(path)!r}: needs the gguf package: pip install gguf") from error
     reader = gguf.GGUFReader(path)
-    fields = {name.partition(".rope.")[2]: field.contents() for name, field in reader.fields.items() if ".rope." in name}
+    fields = {
+        name.partition(".rope.")[2]: field.contents() for name, field in reader.fields.items() if ".rope." in name
+    }
     context = next((f.contents() for name, f in reader.fields.items() if name.endswith(".context_length")), None)
     divisors = [tensor.data.tolist() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
     others = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_factors")]
@@ -252,8 +254,8 @@ def _gguf_scaling(path: Path) -> dict[str, Any]:
     if others or untold or (divisors and kind != "none"):
         said = ", ".join([*others, *(["rope_freqs.weight"] if divisors else []), f"rope.scaling.type={kind}"])
         raise ValueError(
-            f"model {str(path)!r}: carries a scaling ({said}) that transformers cannot be told; load the checkpoint that "
-            "it was converted from"
+            f"model {str(path)!r}: carries a scaling ({said}) that transformers cannot be told; load the checkpoint "
+            "that it was converted from"
         )
     original = {"original_max_position_embeddings": trained}
     if divisors:

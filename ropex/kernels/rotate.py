@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 import torch
 from torch import Tensor
 
-from ropex._checks import require_choice
+from ropex._checks import describe, require_choice
 from ropex.kernels import checks, reference
 from ropex.kernels.backend import BACKENDS, Backend, resolve_backend
 from ropex.kernels.reference import Source
@@ -91,8 +91,8 @@ def rotate(
         order: what the axes of q and k are.
         rotary_dim: a check, that the rotation turns this many channels.
         cu_seqlens: for packed tokens, int [sequences + 1], where each sequence starts and the last ends. The j-th token
-            of sequence i turns as column j of the rotation's row i, or of its only row. On a GPU its values are not
-            checked.
+            of sequence i turns as column j of the rotation's row i, or of its only row. Tokens beyond the last bound,
+            such as the padding of a CUDA graph, turn as column 0 of the last row. On a GPU its values are not checked.
         inplace: overwrite q and k and return them. Where autograd records, by way of a copy.
         out_dtype: of the result; that of q by default. float16 keeps eight times more of a rotated bfloat16.
         split: return the result's rounding and that of what rounding left, stacked, [2, ...]: `high, low = rotate(q,
@@ -158,11 +158,17 @@ def rotate_with_table(
         cos, sin: [1 or batch, seq, half] in any floating-point dtype, with the amplitude in them; gradients reach them.
             Full-width tables as transformers makes them, [1 or batch, seq, rotary_dim] with each pair's value twice in
             the order of `layout`, are taken too: by default those wider than half a head.
-        rotary_dim: how many channels turn, which tells a full table of a partial rotation from half a table.
+        rotary_dim: how many channels turn, which tells a full table of a partial rotation from half a table. It must be
+            given with a table that is half a head wide, which may be either.
     """
     checks.check_table(cos, sin)
     width = cos.shape[-1]
     if isinstance(q, Tensor) and q.dim():
+        if rotary_dim is None and 2 * width == q.shape[-1]:
+            raise ValueError(
+                f"cos {describe(cos)} for {q.shape[-1]} channels: may be one value for each of {width} pairs, "
+                f"or each value twice for {width // 2}; pass rotary_dim={2 * width} for the one, {width} for the other"
+            )
         full = width == rotary_dim if rotary_dim is not None else 2 * width > q.shape[-1]
         if full and width % 2 == 0:
             require_choice("layout", layout, LAYOUTS)
@@ -292,8 +298,9 @@ def _packed(source: Source, cu_seqlens: Tensor, tokens: int) -> Source:
     """The source that has one row for all packed tokens."""
     cu_seqlens = cu_seqlens.to(torch.int64)
     token = torch.arange(tokens, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
-    column = token - cu_seqlens[sequence]
+    beyond = token >= cu_seqlens[-1]
+    sequence = (torch.searchsorted(cu_seqlens, token, right=True) - 1).clamp(max=len(cu_seqlens) - 2)
+    column = (token - cu_seqlens[sequence]).masked_fill(beyond, 0)
 
     def gathered(x: Tensor) -> Tensor:
         row = sequence if x.shape[0] > 1 else torch.zeros_like(sequence)

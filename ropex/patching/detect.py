@@ -218,8 +218,7 @@ def _examine(model: nn.Module, trained_length: int | None, steps: list[str]) -> 
         if given is not None or dry.failure is not None:
             slides = window is not None and window <= kind.geometry.trained_length
             attentions.append(Attention(module, path, names, layer_type, window, slides, norm_follows(module)))
-    for how in functions.values():
-        steps.append(f"{how.name}: pairs {how.channels} channels")
+    steps += [f"{how.name}: pairs {how.channels} channels" for how in functions.values()]
     without = [path for path, *_ in found if path not in {each.path for each in attentions}]
     if dry.failure is not None:
         steps.append(f"dry pass: could not be run ({dry.failure}); the first real pass will tell which layers rotate")
@@ -420,8 +419,8 @@ def _unread(config: Any, layer_type: str | None) -> str:
     words = {key: value for key, value in parameters.items() if key not in ("rope_theta", "rope_type", "type")}
     said = ", ".join(f"{key}={str(value)[:40]}" for key, value in words.items()) or "no options"
     return (
-        f": no reading of its rotary parameters (type {parameters['rope_type']!r} with {said}) makes the module's cos and "
-        "sin"
+        f": no reading of its rotary parameters (type {parameters['rope_type']!r} with {said}) makes the module's cos "
+        "and sin"
     )
 
 

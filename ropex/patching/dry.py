@@ -122,9 +122,9 @@ class FirstPass:
         self.handed.clear()
         if without := sorted(self.names - self.given):
             raise UnsupportedModelError(
-                f"{len(without)} attentions of {type(module).__name__} were given no cos and sin in their first pass, so "
-                f"that the patch changes nothing there: {', '.join(without[:8])}; call ropex.unpatch(model), and report "
-                "this with the model's config"
+                f"{len(without)} attentions of {type(module).__name__} were given no cos and sin in their first pass, "
+                f"so that the patch changes nothing there: {', '.join(without[:8])}; call ropex.unpatch(model), and "
+                "report this with the model's config"
             )
 
 
@@ -170,7 +170,8 @@ def _weightless(runner: nn.Module, rotaries: Mapping[str, Tables], configs: tupl
     for child in copied.modules():
         for name in _MOVED:
             vars(child).pop(name, None)
-        if hasattr(own := vars(child).get("config"), "_attn_implementation"):  # not what stands for a rotary module
+        own: Any = vars(child).get("config")
+        if hasattr(own, "_attn_implementation"):  # not what stands for a rotary module
             own._attn_implementation = "eager"
     return copied.eval()
 

@@ -170,7 +170,7 @@ def _write_method(
         text["max_position_embeddings"] = rotary.target
         return rope_parameters(rotary.config, _rope(saved).layer_type), rotary.target
     before, refusal = copy.deepcopy(text), None
-    for words in ({}, {"own_types": False, "mscales": True}, {"own_types": False}):
+    for words in ({}, {"own_types": False}, {"own_types": False, "mscales": False}):
         layer_type, parameters, reach = _parameters(saved, length, **words)
         if to == "vllm" and not _for_vllm(saved, parameters, rotary.axes):
             continue
@@ -208,8 +208,8 @@ def _require_read_back(
             for name in ("scaling", "softmax_scale"):
                 if made is not None and name in made and made[name] != getattr(module, name):
                     raise ValueError(
-                        f"{saved.directory}: an attention made of the new config has {name}={made[name]}, and the patch "
-                        f"{getattr(module, name)}"
+                        f"{saved.directory}: an attention made of the new config has {name}={made[name]}, and the "
+                        f"patch {getattr(module, name)}"
                     )
     if parameters["rope_type"] == "dynamic" or rotary.unchanged:  # it follows each length; or nothing was changed
         return

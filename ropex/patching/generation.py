@@ -170,7 +170,7 @@ def _tokens_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 _BEYOND = ("streamer", "return_dict_in_generate", *CACHE_NAMES, "assistant_model", "inputs_embeds")
 
 
-# --- the model itself ---------------------------------------------------------------------------------------------------------
+# --- the model itself -------------------------------------------------------------------------------------------------
 
 
 class Owned:
@@ -189,12 +189,30 @@ def _new(base: Any) -> Any:
 
 def can_own(module: nn.Module) -> bool:
     """Whether it is a model of transformers, and not one that wraps another."""
-    return all(hasattr(type(module), name) for name in ("save_pretrained", "_prepare_generated_length"))
+    return all(hasattr(type(module), name) for name in ("save_pretrained", "config_class"))
 
 
 @functools.cache
 def owned_class(base: Any) -> type[Any]:
-    """The subclass of a model's class that pins prompt plus new tokens while it generates."""
+    """The subclass of a model's class that pins prompt plus new tokens while it generates, and saves what is true."""
+
+    @functools.wraps(base.save_pretrained)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched = patched_in(self)
+        if not patched or patched[0].written is not None:
+            return base.save_pretrained(self, *args, **kwargs)
+        with _as_unpatched(patched[0]) as length:
+            _log.warning(
+                "no config can say %r: plain transformers will load this checkpoint without it, at the model's own "
+                "%d tokens; call Patch.save on the same directory and load it with ropex.load, or use ropex export",
+                patched[0].rope.schedule,
+                length,
+            )
+            return base.save_pretrained(self, *args, **kwargs)
+
+    own = {"save_pretrained": save_pretrained, "ropex_made_from": base}
+    if not hasattr(base, "_prepare_generated_length"):  # a part that does not generate by itself
+        return generated_class(base, Owned, own)
 
     @functools.wraps(base.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -219,20 +237,21 @@ def owned_class(base: Any) -> type[Any]:
             _note_length(patched, run, config, given)
         return config
 
-    @functools.wraps(base.save_pretrained)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patched = patched_in(self)
-        if patched and patched[0].written is None:
-            _log.warning(
-                "no config can say %r: plain transformers will load this checkpoint without it, at the model's own "
-                "%d tokens; call Patch.save on the same directory and load it with ropex.load, or use ropex export",
-                patched[0].rope.schedule,
-                patched[0].config.max_position_embeddings,
-            )
-        return base.save_pretrained(self, *args, **kwargs)
+    return generated_class(base, Owned, {**own, "generate": generate, "_prepare_generated_length": prepare})
 
-    replaced = {"generate": generate, "_prepare_generated_length": prepare, "save_pretrained": save_pretrained}
-    return generated_class(base, Owned, {**replaced, "ropex_made_from": base})
+
+@contextmanager
+def _as_unpatched(patched: PatchedRotary) -> Iterator[int]:
+    """While this lasts, the configs claim no more tokens than plain transformers would serve; gives that length."""
+    claims = [entry for entry in patched.undo if entry[1] in ("max_position_embeddings", "max_length")]
+    now = [getattr(target, name) for target, name, _, _ in claims]
+    for target, name, _, value in claims:
+        setattr(target, name, value)
+    try:
+        yield int(patched.config.max_position_embeddings)
+    finally:
+        for (target, name, _, _), value in zip(claims, now, strict=True):
+            setattr(target, name, value)
 
 
 @contextmanager

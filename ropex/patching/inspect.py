@@ -154,7 +154,7 @@ def inspect(model: nn.Module) -> Inspection:
 
 
 def explain(model: nn.Module) -> tuple[str, ...]:
-    """What each step of detection sees in a model that is not patched; the last one says why it is refused, if it is."""
+    """What each step of detection sees in a model that is not patched; the last one says why it is refused."""
     steps: list[str] = []
     with contextlib.suppress(ValueError):
         examine(model, steps=steps)

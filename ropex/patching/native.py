@@ -104,7 +104,7 @@ def written(
     length: int | None = None,
     *,
     own_types: bool = True,
-    mscales: bool = False,
+    mscales: bool = True,
 ) -> dict[str, Any]:
     """A schedule as transformers' `rope_parameters`, theta included: its own type where it has one, or `longrope`.
 

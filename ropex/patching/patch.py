@@ -187,8 +187,8 @@ def patch(
         >>> patch(model, method="yarn", factor=8)  # doctest: +SKIP
         Patch(LlamaForCausalLM, YaRN(factor=8, ...))
     """
-    settings = {"angles": angles, "precision": precision, "sliding": sliding, "on_scaled": on_scaled, "seed": seed}
-    settings |= {"data_rank": data_rank, "trained_length": trained_length}
+    settings: dict[str, Any] = {"angles": angles, "precision": precision, "sliding": sliding, "on_scaled": on_scaled}
+    settings |= {"seed": seed, "data_rank": data_rank, "trained_length": trained_length}
     return _patched(model, Wish(method, factor, length, options, settings), tokenizer)
 
 
@@ -284,9 +284,9 @@ def unpatch(model: nn.Module) -> None:
         setattr(spot.owner, spot.name, spot.patched.original.train(spot.patched.training))
     for module in model.modules():
         if isinstance(module, Rotating):
-            swap_class(module, class_without(type(module), Rotating))
+            swap_class(module, class_without(module.__class__, Rotating))
     for each in owned:
-        swap_class(each, class_without(type(each), Owned))
+        swap_class(each, class_without(each.__class__, Owned))
 
 
 def load(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> Patch:

@@ -63,10 +63,8 @@ class Plan:
         for config in configs.values():
             before = config.max_position_embeddings  # type: ignore[union-attr]
             yield config, "ropex", {"trained_length": first.stated_length, **_described(first.rope.schedule)}
-            if self.parameters is None:  # plain transformers would not follow, and must not be told of a longer context
-                continue
             yield config, "max_position_embeddings", self.target
-            for key, value in self.parameters[1].items():
+            for key, value in self.parameters[1].items() if self.parameters is not None else ():
                 yield config, key, value
             if first.rope.schedule.length_dependent:  # which a generation up to that length would be pinned to
                 continue
@@ -151,10 +149,11 @@ def plan_for(model: nn.Module, anatomy: Anatomy, wish: Wish) -> Plan:
 
 def _require_unlearned(config: Any, schedule: FrequencySchedule, wish: Wish) -> None:
     """Raise where the config says that a schedule of this kind has been trained, and nothing would load it."""
-    noted = described = getattr(config, "ropex", None)
-    while described is not None and "inner" in described:
+    noted: dict[str, Any] = getattr(config, "ropex", None) or {}
+    described = noted
+    while "inner" in described:
         described = described["inner"]
-    if not wish.loading and described is not None and described["method"] == innermost(schedule).method:
+    if not wish.loading and described.get("method") == innermost(schedule).method:
         place = getattr(config, "_name_or_path", None) or "directory"
         raise ValueError(
             f"method {schedule.method!r} on a model whose config says that it was trained with {noted['method']!r}: "
@@ -298,8 +297,8 @@ def _carries(name: str, kind: Kind) -> str:
 def _require_length(name: str, kind: Kind, wish: str) -> None:
     if not kind.length_known:
         raise ValueError(
-            f"{_carries(name, kind)} and does not tell the pretraining length, which {wish} needs; pass trained_length= "
-            "in tokens, or set config.original_max_position_embeddings"
+            f"{_carries(name, kind)} and does not tell the pretraining length, which {wish} needs; pass "
+            "trained_length= in tokens, or set config.original_max_position_embeddings"
         )
 
 
@@ -363,7 +362,7 @@ def _parameters(
     lengths = (min(64, trained), trained, max(target, trained))
     claim = Claim(schedule, kind.geometry, lengths, turning, kind.layer_type, count, site.axes)
     attentions = {path: attention.functions for path, attention in anatomy.within.items()}
-    for words in ({}, {"own_types": False, "mscales": True}, {"own_types": False}):
+    for words in ({}, {"own_types": False}, {"own_types": False, "mscales": False}):
         try:
             parameters = written(schedule, kind.geometry, kind.turning, **words)
             attributes = with_parameters(site.rotary.config, parameters, kind.layer_type, trained, widened=widened)
@@ -397,19 +396,20 @@ def _attributes(
     DeepSeek and its kin multiply their softmax scale for a scaling when they are made.
     """
     changes: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
-    before: dict[str, Any] | None = {}
-    after: dict[str, Any] | None = {}
     known: Any = None
+    different: dict[str, tuple[Any, Any]] = {}
     for attention in anatomy.attentions if equivalent is not config else ():
-        if known != (known := (type(attention.module), attention.layer_type)):
-            before, after = (settings_under(attention.module, each, config) for each in (config, equivalent))
-        for key in [key for key in before or {} if after is not None and after.get(key) != (before or {})[key]]:
-            if getattr(attention.module, key, None) != (before or {})[key]:
+        module = attention.module
+        if known != (known := (type(module), attention.layer_type)):
+            before, after = (settings_under(module, each, config) or {} for each in (config, equivalent))
+            different = {key: (before[key], after[key]) for key in before.keys() & after if before[key] != after[key]}
+        for key, (was, becomes) in different.items():
+            if (now := getattr(module, key, None)) != was:
                 raise UnsupportedModelError(
-                    f"{name}'s {attention.path}.{key} is {getattr(attention.module, key, None)!r}, and its config makes "
-                    f"it {(before or {})[key]!r}: it was changed after the model was made; patch the model as loaded"
+                    f"{name}'s {attention.path}.{key} is {now!r}, and its config makes it {was!r}: it was changed after "
+                    "the model was made; patch the model as loaded"
                 )
-            changes[id(attention.module), key] = (attention.module, key, (after or {})[key])
+            changes[id(module), key] = (module, key, becomes)
     for attention, factor in amplitudes.items():
         module = attention.module
         now = changes.get((id(module), "scaling"), (module, "scaling", module.scaling))[2]

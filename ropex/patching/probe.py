@@ -178,8 +178,8 @@ def axes_of_pairs(model_name: str, rotary: nn.Module, layout: TableLayout, claim
     axes = tuple(max(axis, 0) if not turn else axis for axis, turn in zip(follows, turns, strict=True))
     if min(axes) < 0 or not makes_tables_of(rotary, layout, replace(claim, follows=axes)):
         raise UnsupportedModelError(
-            f"{model_name}'s {type(rotary).__name__} takes positions with {claim.axes} axes, and the two channels of its "
-            "pairs do not follow one axis each: not supported"
+            f"{model_name}'s {type(rotary).__name__} takes positions with {claim.axes} axes, and the two channels of "
+            "its pairs do not follow one axis each: not supported"
         )
     return axes
 
@@ -281,7 +281,8 @@ def rotated(how: RotaryFunction, q: Tensor, k: Tensor | None, cos: Tensor, sin: 
     """What the rotary function gives, by ropex: the rotated q, or q and k."""
     if how.channels == "deinterleaved":
         q, k = _deinterleaved(q), _deinterleaved(k) if k is not None else None
-    return rotate_with_table(q, k, cos, -sin if how.backward else sin, layout=how.layout, **options)
+    width = 2 * cos.shape[-1]
+    return rotate_with_table(q, k, cos, -sin if how.backward else sin, layout=how.layout, rotary_dim=width, **options)
 
 
 def hidden_states_like(device: torch.device | None = None) -> Tensor:

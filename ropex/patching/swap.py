@@ -73,7 +73,7 @@ def swap_class(module: nn.Module, cls: type[Any]) -> None:
 
 
 @functools.cache
-def class_without(cls: type[Any], marker: type[Any]) -> type[Any]:
+def class_without(cls: Any, marker: Any) -> Any:
     """The class that a module has once what was generated for a marker is gone from below what others put on top.
 
     FSDP gives a module a class of its own made from the one that it finds, which may be a generated one.

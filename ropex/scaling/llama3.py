@@ -25,7 +25,7 @@ class Llama3(FrequencySchedule):
     Args:
         factor: target length / trained length, >= 1.
         low_freq_factor: pairs with fewer turns over the trained length are interpolated in full.
-        high_freq_factor: pairs with more turns keep their frequency. Equal to `low_freq_factor` there is no ramp between
+        high_freq_factor: pairs with more turns keep their frequency. Where the two are equal there is no ramp
             (Llama 4 Scout: 1 and 1).
 
     Example:

@@ -62,15 +62,7 @@ class LongRoPE(FrequencySchedule):
         for name in ("short_factors", "long_factors"):
             object.__setattr__(self, name, _factors(name, getattr(self, name)))
         require_int("keep_first", self.keep_first, minimum=0, remedy="pass a number of tokens, 0 for none")
-        if isinstance(self.amplitude, Sequence):
-            object.__setattr__(self, "amplitude", _factors("amplitude", self.amplitude))
-            if len(self.amplitude) != 2:
-                raise ValueError(
-                    f"amplitude={self.amplitude!r}: must be one number, or two, up to the trained length and beyond; "
-                    "pass one or two"
-                )
-        else:
-            require_positive("amplitude", self.amplitude)
+        object.__setattr__(self, "amplitude", _amplitudes(self.amplitude))
 
     def rotation(self, request: Request) -> Rotation:
         theta, geometry = request.inv_freq(), request.geometry
@@ -86,12 +78,24 @@ class LongRoPE(FrequencySchedule):
 
     def _amplitude(self, request: Request) -> float | Tensor:
         if isinstance(self.amplitude, Sequence):
-            grown = growth(request)
-            short, long = (torch.full_like(grown, value) for value in self.amplitude)
-            return torch.where(grown > 1, long, short)
+            beyond = growth(request) > 1
+            return torch.where(beyond, self.amplitude[1], self.amplitude[0]).to(request.inv_freq().dtype)
         if self.amplitude is not None:
             return self.amplitude
         return math.sqrt(1 + math.log(self.factor) / math.log(max(request.geometry.trained_length, 2)))
+
+
+def _amplitudes(values: float | Sequence[float] | None) -> float | tuple[float, ...] | None:
+    """One amplitude or two, as a value that has a hash."""
+    if values is None or not isinstance(values, Sequence) or isinstance(values, str):
+        require_positive("amplitude", values)
+        return values
+    pair = _factors("amplitude", values)
+    if pair is None or len(pair) != 2:
+        raise ValueError(
+            f"amplitude={values!r}: must be one number, or two, up to the trained length and beyond; pass one or two"
+        )
+    return pair
 
 
 def _factors(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
