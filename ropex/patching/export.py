@@ -95,8 +95,8 @@ def export(
         raise ValueError(f"{source}: must hold the model's config.json; pass model=, the model's directory")
     _require_apart(source, out)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    before = config.get("text_config", config).get("max_position_embeddings")
     patch = _patched_like(saved, source)
+    before = config.get("text_config", config).get(_length_key(patch.rotary))
     parameters, reach = _write_method(saved, config, length, to, patch)
     lost: list[str] = []
     if parameters["rope_type"] == "dynamic":
@@ -115,7 +115,7 @@ def export(
         _drop_learned(new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _update_lengths(new, before, reach)
-        _require_read_back(saved, new, patch, parameters, length)
+        _require_read_back(saved, new, patch, parameters, reach, length)
         if out.exists():
             out.rmdir()  # empty, as was checked
         new.replace(out)
@@ -167,7 +167,7 @@ def _write_method(
     text = config.get("text_config", config)
     text["ropex"] = {"trained_length": rotary.stated_length, **saved.schedule.to_dict()}
     if rotary.unchanged and length is None:  # the config says it already
-        text["max_position_embeddings"] = rotary.target
+        text[_length_key(rotary)] = rotary.target
         return rope_parameters(rotary.config, _rope(saved).layer_type), rotary.target
     before, refusal = copy.deepcopy(text), None
     for words in ({}, {"own_types": False}, {"own_types": False, "mscales": False}):
@@ -186,8 +186,14 @@ def _write_method(
     raise ValueError(f"{saved.directory}: transformers does not take the config: {refusal}") from refusal
 
 
+def _length_key(rotary: PatchedRotary) -> str:
+    """By which name a config's file states the context length."""
+    names: dict[str, str] = getattr(rotary.config, "attribute_map", {})
+    return names.get("max_position_embeddings", "max_position_embeddings")
+
+
 def _require_read_back(
-    saved: files.Saved, new: Path, patch: Patch, parameters: dict[str, Any], length: int | None
+    saved: files.Saved, new: Path, patch: Patch, parameters: dict[str, Any], reach: int, length: int | None
 ) -> None:
     """Raise unless a reader of the new config finds the parameters in it, and an attention and rotation as patched.
 
@@ -198,9 +204,11 @@ def _require_read_back(
     rotary, rope = patch.rotary, _rope(saved)
     config = text_config(AutoConfig.from_pretrained(new))
     read = rope_parameters(config, rope.layer_type)
-    wrong = {key: read.get(key) for key, value in parameters.items() if _plain(read.get(key)) != _plain(value)}
+    read["max_position_embeddings"] = config.max_position_embeddings
+    said = {**parameters, "max_position_embeddings": reach}
+    wrong = {key: read.get(key) for key, value in said.items() if _plain(read.get(key)) != _plain(value)}
     if wrong:
-        wanted = {key: parameters[key] for key in wrong}
+        wanted = {key: said[key] for key in wrong}
         raise ValueError(f"{saved.directory}: the new config would be read with {wrong}, and the patch has {wanted}")
     if saved.softmax_factor == 1:
         for module in patch.model.modules():
@@ -213,7 +221,7 @@ def _require_read_back(
                     )
     if parameters["rope_type"] == "dynamic" or rotary.unchanged:  # it follows each length; or nothing was changed
         return
-    trained, reach = rope.geometry.trained_length, length or rotary.target
+    trained = rope.geometry.trained_length
     divisors, amplitude = divisors_of(_schedule(saved), rope.geometry, rope.turning, length)
     schedule = LongRoPE(max(reach / trained, 1.0), divisors, divisors, amplitude=amplitude)
     count = max(rotary.axes) + 1 if rotary.axes is not None else None
@@ -284,7 +292,7 @@ def _write_parameters(
         if "rotary_pct" in text or text.get("model_type") == "gpt_neox":
             text["rotary_pct"] = whole.get("partial_rotary_factor", text.get("rotary_pct", 0.25))
             text["rotary_emb_base"] = parameters["rope_theta"]
-    text["max_position_embeddings"] = reach
+    text[_length_key(rotary)] = reach
     if "original_max_position_embeddings" in text:
         text["original_max_position_embeddings"] = parameters.get("original_max_position_embeddings", reach)
 

@@ -282,11 +282,11 @@ def unpatch(model: nn.Module) -> None:
         if (tokenizer := _TOKENIZERS.pop(spot.patched, None)) is not None:
             tokenizer[0].model_max_length = tokenizer[1]
         setattr(spot.owner, spot.name, spot.patched.original.train(spot.patched.training))
-    for module in model.modules():
-        if isinstance(module, Rotating):
-            swap_class(module, class_without(module.__class__, Rotating))
-    for each in owned:
-        swap_class(each, class_without(each.__class__, Owned))
+    for module in [*model.modules()]:
+        for marker in (Rotating, Owned):
+            cls: Any = module.__class__
+            if issubclass(cls, marker):
+                swap_class(module, class_without(cls, marker))
 
 
 def load(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> Patch:

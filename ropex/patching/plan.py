@@ -406,8 +406,8 @@ def _attributes(
         for key, (was, becomes) in different.items():
             if (now := getattr(module, key, None)) != was:
                 raise UnsupportedModelError(
-                    f"{name}'s {attention.path}.{key} is {now!r}, and its config makes it {was!r}: it was changed after "
-                    "the model was made; patch the model as loaded"
+                    f"{name}'s {attention.path}.{key} is {now!r}, and its config makes it {was!r}: it was changed "
+                    "after the model was made; patch the model as loaded"
                 )
             changes[id(module), key] = (module, key, becomes)
     for attention, factor in amplitudes.items():
