@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
+from transformers.models.auto import modeling_auto
 
 import ropex
 from ropex.patching.config import text_config
@@ -47,6 +47,7 @@ SCALAR = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB
 # What a family needs besides: sizes that its config does not derive, and layers of both kinds where it has two.
 OPTIONS: dict[str, dict[str, Any]] = {
     "apertus": PLAIN,
+    "apertus1p5_text": PLAIN,
     "axk1": MLA | EXPERTS,
     "axk2": MLA | EXPERTS,
     "bailing_hybrid": HYBRID | EXPERTS | MLA,
@@ -119,20 +120,51 @@ VISION = {
     "head_dim": 16,
 }
 ENCODERS = ("modernbert", "eurobert")
+# What exists as a model of images and text alone.
+IMAGE_TEXT = sorted(
+    set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+)
+AXES = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}
+# What their text parts, and the parts for images, need besides.
+TEXT_OPTIONS: dict[str, dict[str, Any]] = {
+    "cohere_compass": BOTH_KINDS | {"rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE}},
+    "ernie4_5_vl_moe": {
+        **{"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [32, 32]},
+        "rope_parameters": ROPE | {"mrope_section": [3, 3, 2]},
+    },
+    "glm4v_moe": {"partial_rotary_factor": 1.0, "n_group": 1, "topk_group": 1},
+    "granite_docling": {"attention_multiplier": 0.25},
+    "hunyuan_vl": {"rope_parameters": ROPE | {"mrope_section": [2, 2, 2, 2]}},
+    "minicpm_ocr": HYBRID,
+    "minicpmv4_6": HYBRID,
+    "minicpmv4_7": HYBRID,
+    "mistral_large4": MLA,
+}
+VISION_OPTIONS = {"qwen2_vl": {"embed_dim": 32, "hidden_size": 64}}
 
 
 @functools.cache
 def families() -> tuple[str, ...]:
-    """Every model type for which transformers has a causal language model, and encoders that rotate."""
-    return (*sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *ENCODERS)
+    """Every model type for which transformers has a language model that generates, and encoders that rotate."""
+    return (*sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *ENCODERS, *IMAGE_TEXT)
 
 
 def config_of(family: str, **options: Any) -> Any:
-    wanted = {**SIZES, **OPTIONS.get(family, {}), **options}
+    wanted = copy.deepcopy({**SIZES, **OPTIONS.get(family, {}), **options})
     if not FIVE and "rope_parameters" in wanted:  # transformers 4 has other words
         parameters = dict(wanted.pop("rope_parameters"))
         wanted |= {"rope_theta": parameters.pop("rope_theta", 10_000.0)}
         wanted |= {"rope_scaling": parameters if parameters.get("rope_type") != "default" else None}
+    if family in IMAGE_TEXT:
+        parts = {
+            "text_config": {**SIZES, **EXPERTS, **AXES, **TEXT_OPTIONS.get(family, {}), **options},
+            "vision_config": {**VISION, **VISION_OPTIONS.get(family, {})},
+        }
+        try:
+            return AutoConfig.for_model(family, **copy.deepcopy(parts))
+        except Exception:  # of a text part that has no axes
+            parts["text_config"]["rope_parameters"] = ROPE
+            return AutoConfig.for_model(family, **copy.deepcopy(parts))
     if family in COMPOSITE:
         text = {**SIZES, **OPTIONS.get(COMPOSITE[family], {}), **options}
         return AutoConfig.for_model(family, text_config=text, vision_config=VISION, audio_config=None)
@@ -145,11 +177,17 @@ def config_of(family: str, **options: Any) -> Any:
     raise failed  # type: ignore[misc]
 
 
+def auto_of(family: str) -> Any:
+    """The class of transformers that makes a family's models."""
+    if family in IMAGE_TEXT:
+        return AutoModelForImageTextToText
+    return AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+
+
 def model_of(family: str, seed: int = 0, **options: Any) -> nn.Module:
     """A tiny model of a family; weights of std 0.02."""
     torch.manual_seed(seed)
-    auto = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
-    model = auto.from_config(config_of(family, **options)).eval()
+    model = auto_of(family).from_config(config_of(family, **options)).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # what is born zero would hide whatever comes before it
             if not parameter.is_meta and parameter.is_floating_point() and not parameter.any():
@@ -194,8 +232,15 @@ def results_of(family: str) -> dict[str, Any]:
         "rotary_dim": seen.geometry.dim,
         "layers": [[kind.name, kind.layers, kind.window] for kind in seen.kinds],
     }
-    with ropex.patch(model, "none", sliding="scale"):
+    positions = None
+    with ropex.patch(model, "none", sliding="scale") as patch:
         found["none"] = _difference(logits_of(model, ids), want)
+        if patch.rotary.axes is not None:  # as words and then an image have them
+            positions = positions_of(patch.rotary.axes, ids.shape[1])
+            found["axes"] = len(positions)
+            placed = _placed(model, ids, positions)
+    if positions is not None:
+        found["none_on_axes"] = _difference(placed, _placed(model, ids, positions))
     with ropex.patch(model, "none", sliding="scale", angles="float32"):
         found["none_float32"] = _difference(logits_of(model, ids), want)
     try:
@@ -213,6 +258,18 @@ def results_of(family: str) -> dict[str, Any]:
             found["isolated"] = torch.equal(logits_of(other, ids), want)
     found["removed"] = torch.equal(logits_of(model, ids), want)
     return found
+
+
+def positions_of(axes: tuple[int, ...], length: int) -> torch.Tensor:
+    """Positions [axes, 1, length] of words, then of an image whose axes go different ways."""
+    time = torch.arange(length)
+    places = [torch.where(time < 20, time, 20 + (time * (axis + 1)) % 37) for axis in range(max(3, max(axes) + 1))]
+    return torch.stack(places)[:, None]
+
+
+@torch.no_grad()
+def _placed(model: nn.Module, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, position_ids=positions).logits
 
 
 def model_has_softmax_factor(model: nn.Module) -> bool:
@@ -237,8 +294,7 @@ def _own_yarn(model: nn.Module, family: str, ids: torch.Tensor, got: torch.Tenso
             text.rope_parameters = {**before, **scaling}
         text.max_position_embeddings = 4 * TRAINED_LENGTH
         getattr(text, "validate", lambda: None)()
-        auto = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
-        own = auto.from_config(config).eval()
+        own = auto_of(family).from_config(config).eval()
         own.load_state_dict(model.state_dict())
         return _difference(logits_of(own, ids), got)
     except Exception:
@@ -246,7 +302,8 @@ def _own_yarn(model: nn.Module, family: str, ids: torch.Tensor, got: torch.Tenso
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a - b).abs().max().item()
+    """Between logits, relative to those of a family that makes small ones."""
+    return (a - b).abs().max().item() / min(1.0, b.abs().max().item())
 
 
 def _first_line(error: Exception) -> str:

@@ -41,6 +41,7 @@ def check(family: str, result: dict[str, Any]) -> None:
     exact = "complex" not in result["layout"]  # whose own product rounds in another order
     assert result["none_float32"] < (1e-12 if exact else 1e-6), "in transformers' arithmetic, bit for bit"
     assert result["effect"] > 1e-5, "a factor changes the logits"
+    assert result.get("none_on_axes", 0.0) < 1e-5, "none is the identity wherever an image stands"
     assert result["removed"]
     assert result["isolated"]
     if result.get("yarn") is not None and not result["softmax"]:
