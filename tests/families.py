@@ -129,7 +129,9 @@ AXES = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}
 TEXT_OPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass": BOTH_KINDS | {"rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE}},
     "ernie4_5_vl_moe": {
-        **{"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [32, 32]},
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": [32, 32],
         "rope_parameters": ROPE | {"mrope_section": [3, 3, 2]},
     },
     "glm4v_moe": {"partial_rotary_factor": 1.0, "n_group": 1, "topk_group": 1},

@@ -155,7 +155,7 @@ def _weightless(runner: nn.Module, rotaries: Mapping[str, Tables], configs: tupl
         memo[id(original)] = _Gives(original, tables)
     for child in runner.modules():
         sizes = [getattr(child, name, None) for name in ("in_features", "out_features")]
-        if child is not runner and all(isinstance(size, int) for size in sizes):
+        if child is not runner and all(isinstance(size, int) for size in sizes) and not _is_dense(child, sizes):
             plain: Any = nn.Linear
             memo[id(child)] = plain(*sizes, bias=False, device="meta", dtype=_DTYPE)
         memo |= {id(vars(child)[name]): None for name in _MOVED if name in vars(child)}
@@ -174,6 +174,14 @@ def _weightless(runner: nn.Module, rotaries: Mapping[str, Tables], configs: tupl
         if hasattr(own, "_attn_implementation"):  # not what stands for a rotary module
             own._attn_implementation = "eager"
     return copied.eval()
+
+
+def _is_dense(linear: nn.Module, sizes: list[Any]) -> bool:
+    """Whether a linear layer multiplies by the weights that it holds, in no packed form."""
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return False
+    return list(weight.shape) == sizes[::-1]
 
 
 def _watch(copied: nn.Module, seen: DryPass, attentions: Mapping[str, tuple[str, ...]], *, lenient: bool) -> None:
