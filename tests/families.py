@@ -120,9 +120,10 @@ VISION = {
     "head_dim": 16,
 }
 ENCODERS = ("modernbert", "eurobert")
-# What exists as a model of images and text alone.
+# What exists as a model of images and text alone; mistral4, listed there, is the text part of another.
 IMAGE_TEXT = sorted(
-    set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    - {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "mistral4"}
 )
 AXES = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}
 # What their text parts, and the parts for images, need besides.

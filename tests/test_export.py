@@ -122,6 +122,65 @@ def test_both_spellings_are_written(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("ropex.*"))
 
 
+def test_an_export_stays_out_of_what_it_copies(tmp_path: Path) -> None:
+    """Into its own source, by a link, or under a name that stands for files of the model."""
+    saved("llama", "yarn", tmp_path / "saved")
+    (tmp_path / "link").symlink_to(tmp_path / "saved", target_is_directory=True)
+    for out, message in (
+        (tmp_path / "saved" / "served", r"lies in .*saved', which is copied"),
+        (tmp_path / "link" / "served", r"lies in .*saved', which is copied"),
+        (tmp_path / "saved" / ".." / "saved" / "x", r"lies in .*saved', which is copied"),
+        (tmp_path / "link", r"is a link; pass the path of a new directory"),
+        (tmp_path / "saved", r"must be a new or empty directory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ropex.export(tmp_path / "saved", "transformers", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "saved"]
+    (tmp_path / "saved" / "onnx").mkdir()
+    (tmp_path / "saved" / "onnx" / "model.onnx").write_text("kept")
+    ropex.export(tmp_path / "saved", "transformers", tmp_path / "onnx")
+    assert (tmp_path / "onnx" / "onnx" / "model.onnx").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"head_dim": 32}),
+        ("llama", {"max_position_embeddings": 1024}),
+        ("gpt2", {}),
+        ("qwen2", {"head_dim": 32}),
+    ],
+)
+def test_an_export_fits_the_model_that_it_is_written_onto(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """As `load` checks it: a patch of one model is not written onto another."""
+    saved("llama", "yarn", tmp_path / "saved")
+    model_of(family, **options).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"was saved from a model of|has no rotary embedding module|dim"):
+        ropex.export(tmp_path / "saved", "transformers", tmp_path / "out", model=tmp_path / "other")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not FIVE, reason="the words of transformers 5")
+@pytest.mark.parametrize("method", ["yarn", "ntk", "truncated"])
+def test_an_older_config_with_both_copies(method: str, tmp_path: Path) -> None:
+    """A release whose `rope_scaling` stands beside `rope_parameters`, and is preferred by who reads both."""
+    saved("llama", method, tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**config, "rope_theta": 10_000.0, "rope_scaling": {"rope_type": "linear", "factor": 9.0}})
+    )
+    with pytest.raises(ValueError, match=r"was saved from a model of"):  # it is another model by now
+        ropex.export(tmp_path / "saved", "vllm", tmp_path / "out")
+    path.write_text(json.dumps({**config, "rope_scaling": {**config["rope_parameters"]}}))
+    ropex.export(tmp_path / "saved", "vllm", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    legacy = {key: value for key, value in written["rope_parameters"].items() if key != "rope_theta"}
+    assert written["rope_scaling"] == legacy
+    if method != "yarn":
+        assert written["rope_scaling"]["long_mscale"] == written["rope_scaling"]["attention_factor"]
+
+
 def test_what_was_learned_leaves_the_weights(tmp_path: Path) -> None:
     saved("llama", "clex", tmp_path / "saved")
     ropex.export(tmp_path / "saved", "transformers", tmp_path / "out")
@@ -243,14 +302,38 @@ def test_vllm(tmp_path: Path) -> None:
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
-def gguf_file(path: Path, arch: str = "llama", dim: int = 16) -> Path:
+def gguf_file(
+    path: Path,
+    arch: str = "llama",
+    dim: int = 16,
+    *,
+    base: float | None = None,
+    shards: int | None = None,
+    kind: str | None = "linear",
+    factor: float | None = None,
+    trained: int | None = None,
+    warmth: float | None = None,
+    divisors: list[float] | None = None,
+) -> Path:
+    """A small file with the words of llama.cpp's converter."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, arch=arch)
     writer.add_context_length(512)
     writer.add_rope_dimension_count(dim)
     writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
-    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    for add, value in (
+        (writer.add_rope_freq_base, base),
+        (writer.add_rope_scaling_factor, factor),
+        (writer.add_rope_scaling_orig_ctx_len, trained),
+        (writer.add_rope_scaling_attn_factors, warmth),
+        (lambda count: writer.add_uint16("split.count", count), shards),
+        (lambda name: writer.add_rope_scaling_type(gguf.RopeScalingType(name)), kind),
+    ):
+        if value is not None:
+            add(value)
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", torch.tensor(divisors).numpy())
     writer.add_tensor("token_embd.weight", torch.arange(12, dtype=torch.float32).reshape(3, 4).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -279,6 +362,51 @@ def test_gguf(method: str, amplitude: float, tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.tokens"] == ["a", "b", "c"]
     assert torch.equal(tensors["token_embd.weight"], torch.arange(12, dtype=torch.float32).reshape(3, 4))
     assert source.exists()
+
+
+def test_a_gguf_file_of_another_base_or_in_parts(tmp_path: Path) -> None:
+    saved("llama", "yarn", tmp_path / "saved")
+    other = gguf_file(tmp_path / "other.gguf", base=500_000.0)
+    with pytest.raises(ValueError, match=r"has the base 500000, and the patch 10000: convert the model"):
+        ropex.export(tmp_path / "saved", "gguf", tmp_path / "out.gguf", model=other)
+    part = gguf_file(tmp_path / "part.gguf", shards=3)
+    with pytest.raises(ValueError, match=r"is one of 3 files; join them with llama-gguf-split --merge"):
+        ropex.export(tmp_path / "saved", "gguf", tmp_path / "out.gguf", model=part)
+    same = gguf_file(tmp_path / "same.gguf", base=10_000.0)
+    ropex.export(tmp_path / "saved", "gguf", tmp_path / "out.gguf", model=same)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({}, {}),
+        ({"kind": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"kind": "linear", "factor": 1.0}, {}),
+        (
+            {"kind": "yarn", "factor": 4.0, "trained": 128},
+            {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.138629436111989}
+            | {"original_max_position_embeddings": 128},
+        ),
+        (
+            {"divisors": [1.0, 2.0, 4.0, 8.0], "warmth": 1.1},
+            {"rope_type": "longrope", "factor": 1.0, "short_factor": [1.0, 2.0, 4.0, 8.0]}
+            | {"long_factor": [1.0, 2.0, 4.0, 8.0], "attention_factor": 1.1, "original_max_position_embeddings": 512},
+        ),
+        ({"kind": "longrope", "factor": 4.0}, r"carries a scaling \(rope.scaling.type=longrope\)"),
+        ({"warmth": 1.1}, r"carries a scaling"),
+        ({"divisors": [1.0], "kind": "linear", "factor": 2.0}, r"rope_freqs\.weight, rope\.scaling\.type=linear"),
+    ],
+)
+def test_a_gguf_file_is_never_loaded_unscaled(written: dict[str, Any], read: Any, tmp_path: Path) -> None:
+    from ropex.evaluation.loading import _gguf_scaling
+
+    path = gguf_file(tmp_path / "model.gguf", **{"kind": None, **written})
+    if isinstance(read, str):
+        with pytest.raises(ValueError, match=read):
+            _gguf_scaling(path)
+    else:
+        found = _gguf_scaling(path)
+        assert {k: pytest.approx(v, rel=1e-6) if not isinstance(v, str) else v for k, v in read.items()} == found
 
 
 def test_gguf_of_what_the_loader_would_ignore(tmp_path: Path) -> None:

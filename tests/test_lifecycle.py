@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
 import ropex
@@ -70,6 +71,22 @@ def test_compiled_training_with_a_learned_schedule(family: str) -> None:
     for name, gradient in want.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6)
     assert len([name for name in want if ".learned." in name]) == 2
+
+
+@pytest.mark.parametrize("method", thinned(ropex.methods(), "yarn", "ntk", "dynamic_ntk", "longrope", "clex"))
+def test_one_graph_for_all_lengths(method: str) -> None:
+    """As many as an unpatched model has, none of them broken."""
+    torch.compiler.reset()
+    model, count = tiny_model("llama"), CompileCounter()
+    options = {"none": {}, "drope": {}, "proportional": {"fraction": 0.5}, "dynamic_yarn": {"floor": 1024}}
+    ropex.patch(model, method, **options.get(method, {"factor": 4}))
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=count)
+    for length in (30, 41, TRAINED_LENGTH + 90):
+        ids = tiny_tokens(length)
+        with torch.no_grad():
+            got = compiled(input_ids=ids, use_cache=False).logits
+        assert (got - logits(model, ids)).abs().max() < LOGIT_ERROR
+    assert count.frame_count == 1
 
 
 @four_families

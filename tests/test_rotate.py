@@ -308,6 +308,44 @@ def test_tables_of_lower_precision_are_used_as_they_are() -> None:
     assert math.isclose(got.norm().item(), q.norm().item() * 1.1386, rel_tol=1e-2)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_beyond_the_last_bound(rows: int) -> None:
+    """The padding of a CUDA graph turns as the first column of the last row, in every backend, and disturbs nothing."""
+    bounds = torch.tensor([0, 4, 4, 9])
+    positions = torch.randint(1, 1000, (rows, 6), generator=torch.Generator().manual_seed(0))
+    rotation = ropex.Rotation(positions, GEOMETRY.inv_freq(), 1.2)
+    q = torch.randn(14, 2, 64)
+    want = ropex.rotate(q[:9], rotation=rotation, order="thd", cu_seqlens=bounds)
+    alone = ropex.Rotation(positions[-1:, :1].expand(5, 1).reshape(1, 5), GEOMETRY.inv_freq(), 1.2)
+    beyond = ropex.rotate(q[9:], rotation=alone, order="thd")
+    for backend in ("reference", "triton", "compiled"):
+        got = ropex.rotate(q, rotation=rotation, order="thd", cu_seqlens=bounds, backend=backend)
+        torch.testing.assert_close(got[:9], want, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got[9:], beyond, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"must rise from 0 to at most the number of tokens"):
+        ropex.rotate(q, rotation=rotation, order="thd", cu_seqlens=bounds * 2)
+
+
+def test_two_slices_of_packed_projections_in_place_compiled() -> None:
+    """With gradients, and at the first length that compiles the graph anew."""
+    torch.compiler.reset()
+    rope = ropex.RotaryEmbedding(ropex.Geometry(16, 10_000.0, 64), ropex.schedule("yarn", factor=2))
+    linear = torch.nn.Linear(32, 3 * 2 * 16)
+
+    def scores(x: Tensor, positions: Tensor) -> Tensor:
+        packed = linear(x).unflatten(-1, (3, 2, 16))
+        q, k = packed[:, :, 0].transpose(1, 2), packed[:, :, 1].transpose(1, 2)
+        q, k = ropex.rotate(q, k, rotation=rope(positions), inplace=True)
+        return (q @ k.transpose(-1, -2)).sin().sum()
+
+    compiled = torch.compile(scores, backend="aot_eager", fullgraph=True)
+    for length in (10, 12, 20):
+        x = torch.randn(2, length, 32, requires_grad=True)
+        (want,) = torch.autograd.grad(scores(x, torch.arange(length)[None]), x)
+        (got,) = torch.autograd.grad(compiled(x, torch.arange(length)[None]), x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_table_half_a_head_wide_may_be_two_things() -> None:
     """Every pair of a head once, or each of half as many pairs twice: the caller says which."""
     cos, sin = table(make_rotation(9))

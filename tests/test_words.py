@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import ropex
 from tests.conftest import thinned
-from tests.families import FIVE, MLA, ROPE, config_of, tokens
+from tests.families import EXPERTS, FIVE, MLA, ROPE, config_of, tokens
 
 pytestmark = pytest.mark.skipif(not FIVE, reason="families of transformers 5")
 
@@ -59,7 +59,10 @@ def own_model(family: str, parameters: dict[str, Any], factor: int, weights: Any
     parameters = copy.deepcopy(parameters)
     if family in TEMPERED:
         parameters |= {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": TRAINED}
-    options = {"mistral4": {**MLA, "head_dim": 32}, "hy_v4": {**MLA, "index_head_dim": 32, "index_n_heads": 4}}
+    options = {
+        "mistral4": {**MLA, **EXPERTS, "head_dim": 32},
+        "hy_v4": {**MLA, "index_head_dim": 32, "index_n_heads": 4},
+    }
     torch.manual_seed(0)
     config = config_of(
         family, rope_parameters=parameters, max_position_embeddings=factor * TRAINED, **options.get(family, {})

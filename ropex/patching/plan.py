@@ -120,14 +120,14 @@ def plan_for(model: nn.Module, anatomy: Anatomy, wish: Wish) -> Plan:
                 f"{name} has {len(anatomy.sites)} rotary modules, and {schedule.method!r} learns one net for all"
             )
     kept = main.scaling is not None and settings["on_scaled"] == "keep"
-    unchanged = schedule == main.own if kept else isinstance(schedule, Unscaled) and main.scaling is None
+    unchanged = schedule == (main.own if kept else Unscaled()) and (kept or main.scaling is None)
     scaled = [kind for kind in kinds if kind.scaling is not None] if kept else kinds
     if kept and not unchanged and any(kind.own != main.own for kind in scaled):
         raise UnsupportedModelError(
             f"{name}'s layer types carry different scalings ({', '.join(repr(kind.own) for kind in scaled)}), and one "
             'factor cannot widen them; leave factor and length out, or pass on_scaled="replace"'
         )
-    follows = {kind.layer_type: kind.own if unchanged or kind not in scaled else schedule for kind in kinds}
+    follows = {kind.layer_type: kind.own if kept and (unchanged or kind not in scaled) else schedule for kind in kinds}
     rotaries = tuple(_rotary(name, anatomy, site, follows, scales, settings) for site in anatomy.sites)
     swaps = tuple(_swap(name, anatomy, attention, rotaries[0], scales, settings) for attention in anatomy.attentions)
     amplitudes = dict(_amplitudes(name, anatomy, schedule, rotaries[0].rope, scales))

@@ -88,8 +88,8 @@ class RopexCallback(TrainerCallback, ExportableState):
         dataset = getattr(loader, "dataset", None)
         if dataset is None or not hasattr(dataset, "__len__"):
             return None  # a stream, which only its end would tell
-        lengths = (len(sample["input_ids"]) for sample in dataset if "input_ids" in sample)
-        return max(lengths, default=None)
+        samples = (dataset[index] for index in range(len(dataset)))  # which need not end by itself
+        return max((len(sample["input_ids"]) for sample in samples if "input_ids" in sample), default=None)
 
 
 def _require_patched(model: nn.Module) -> list[Spot]:
