@@ -93,7 +93,7 @@ def main() -> None:
     moved = (frequencies.to(torch.bfloat16).double() - frequencies).abs().max().item() * 1000
     result: dict[str, Any] = {
         "what": "errors of cos and sin; deviations of attention when all positions move",
-        "angles": [angles(geometry, length) for geometry in geometries for length in LENGTHS],
+        "angles": [angles(geometry, length) for geometry in geometries for length in (*LENGTHS, 2**31, 2**40)],
         "bfloat16_frequencies": {"dim": 64, "base": 100_000.0, "position": 1000, "radians": moved},
         "pairs": PAIRS,
         "reach": REACH,

@@ -18,6 +18,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 README = Path(__file__).parents[1] / "README.md"
 NUMERICS = PAGE.with_name("numerics.md")
 FAMILIES = PAGE.with_name("families.md")
+SERVING = PAGE.with_name("serving.md")
 CHOOSING = PAGE.with_name("choosing.md")
 EVALUATION = PAGE.with_name("evaluation.md")
 README_METHODS = ("none", "truncated", "linear", "ntk, alpha 2", "ntk, alpha 4", "dynamic_ntk", "yarn")
@@ -286,8 +287,8 @@ def families_page() -> str:
 Made from the JSON in `benchmarks/results` by `python -m benchmarks.report`.
 
 Tiny random models of every family that transformers {result["environment"]["transformers"]} has a causal language
-model for, and of encoders that rotate; `tests/families.py` builds them and `tests/test_families.py` holds them to this
-grid. Every type is a `config.model_type`.
+model for, alone or beside images, and of encoders that rotate; `tests/families.py` builds them and
+`tests/test_families.py` holds them to this grid. Every type is a `config.model_type`.
 
 **{len(works)} work.** With `none` the largest change of any logit is {none:.0e}, and
 {float32:.0e} with `angles="float32"` (0 but for complex tables, whose product rounds in another order). `yarn`
@@ -305,6 +306,41 @@ untouched, and removal exact, on all.
 {table(["type", "why"], others["not built"])}
 
 `python -m benchmarks.families` ([JSON](../benchmarks/results/families.json)). {environment(result)}
+"""
+
+
+def engines_table() -> str:
+    result = load("engines.json")
+    rows = [
+        [
+            f"`{name}`",
+            f"`{row['rope_type']}`",
+            *(served(row[engine][how]) for engine in result["engines"] for how in ("export", "save_pretrained")),
+        ]
+        for name, row in result["methods"].items()
+    ]
+    header = ["method", "exported as"]
+    for engine, version in result["engines"].items():
+        header += [f"{engine} {version}, export", f"{engine}, saved"]
+    return f"""{table(header, rows)}
+
+[JSON](../benchmarks/results/engines.json). {environment(result)}
+"""
+
+
+def served(error: float | str) -> str:
+    """What an engine makes of a config: its error, or why it is not the patch."""
+    if isinstance(error, str):
+        return f"no: {error}"
+    return f"{error:.0e}" if error < 1e-3 else f"**no**, off by {error:.2f}"
+
+
+def llama_cpp_table() -> str:
+    result = load("llama_cpp.json")
+    rows = [[f"`{name}`", f"{row['error']:.0e}", f"{row['effect']:.1f}"] for name, row in result["methods"].items()]
+    return f"""{table(["method", "largest difference of a logit", "what the method itself moves it by"], rows)}
+
+llama-cpp-python {result["llama_cpp_python"]}. [JSON](../benchmarks/results/llama_cpp.json). {environment(result)}
 """
 
 
@@ -449,6 +485,7 @@ def pages() -> dict[Path, str]:
             precision_patch=precision_patch(),
         ),
         FAMILIES: families_page(),
+        SERVING: filled(SERVING, engines=engines_table(), llama_cpp=llama_cpp_table()),
     }
 
 

@@ -3,7 +3,7 @@
 A frequency is kept as a 64-bit fixed-point fraction of a turn. Its product with an int64 position wraps modulo 2**64,
 which is modulo one turn: the range reduction is exact at any position, negative ones and those beyond 2**31 included,
 and `phase(m) - phase(n) == phase(m - n)` holds bit for bit. The frequency itself is off by the rounding of float64,
-which is 1e-9 radians at position ten million.
+which is 1e-9 radians at position ten million, 1e-7 at 2**31 and 1e-4 at 2**40.
 
 `fixed_frequency`, `phase` and `cos_sin_of_phase` are written in what PyTorch and Triton have in common, under the name
 `xp`: the Triton kernels compile these very functions, so that a table and a kernel hold the same numbers.
