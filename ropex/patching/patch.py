@@ -49,6 +49,7 @@ class Patch:
     Attributes:
         model: the model, patched in place.
         schedule: what its rotary embedding follows.
+        rotary: what stands in the place of its rotary module, the first where there are several.
     """
 
     def __init__(self, model: nn.Module, patched: PatchedRotary) -> None:

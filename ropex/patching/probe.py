@@ -212,9 +212,7 @@ def tables_match(
 @torch.no_grad()
 def makes_tables_of(rotary: nn.Module, layout: TableLayout, claim: Claim) -> bool:
     """Whether a rotary module of transformers makes the tables of a schedule, at each of the claim's lengths."""
-    rotary = copy.deepcopy(rotary)
-    _forget_length(rotary)
-    for reach in sorted(claim.lengths):  # in this order, since some modules do not find back from a long context
+    for reach in claim.lengths:
         positions = torch.linspace(0, reach - 1, 9, dtype=torch.float64).round().to(torch.int64)[None]
         positions = torch.cat((torch.tensor([[min(1, reach - 1), min(7, reach - 1)]]), positions), dim=1)
         asked = claim.asked(positions)
@@ -223,7 +221,9 @@ def makes_tables_of(rotary: nn.Module, layout: TableLayout, claim: Claim) -> boo
             offsets = torch.arange(len(asked))[:, None, None] * 3
             asked = (asked - offsets).clamp(min=0)
             followed = asked.movedim(0, -1)[..., list(claim.follows)]
-        got = rotary(hidden_states_like(), asked, *claim.kinds)
+        module = copy.deepcopy(rotary)  # some do not find back from a long context, and some fail in a second one
+        _forget_length(module)
+        got = module(hidden_states_like(), asked, *claim.kinds)
         error = 1e-6 + _angle_error(claim.geometry, positions, torch.float32)
         rotation = claim.schedule.rotation(Request(claim.geometry, positions, torch.tensor(reach)))
         if not _tables_close(got, _exact(rotation, claim.turning, followed), error, layout):
