@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -20,22 +19,19 @@ from ropex._checks import require_choice
 from ropex.patching import files
 from ropex.patching.attention import settings_under
 from ropex.patching.config import rope_parameters, text_config, words_beside
+from ropex.patching.gguf_file import write_gguf
 from ropex.patching.module import PatchedRotary
 from ropex.patching.native import divisors_of, written
 from ropex.patching.patch import Patch, load
 from ropex.patching.probe import Claim, fresh_rotary, makes_tables_of
 from ropex.patching.swap import Rotating
-from ropex.rotary import RotaryEmbedding
-from ropex.rotation import Geometry
-from ropex.scaling import FrequencySchedule, LongRoPE
+from ropex.scaling import LongRoPE
 
 __all__ = ["Export", "Target", "export"]
 
 Target = Literal["transformers", "vllm", "gguf"]
 # The names under which a checkpoint holds what a method has learned.
 _LEARNED = re.compile(r"\.ropes\.\w+\.(learned\.|step$)")
-# Architectures whose loader in llama.cpp reads the tensor `rope_freqs.weight`.
-_GGUF_READS_FREQUENCIES = ("llama",)
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,12 @@ def export(
     require_choice("to", to, get_args(Target))
     saved = files.read(directory)
     if to == "gguf":
-        return _to_gguf(saved, Path(out), model, length)
+        reach, amplitude = write_gguf(saved, Path(out), model, length)
+        inexact = (
+            "llama.cpp multiplies by the amplitude as rope.scaling.attn_factor, which builds before 2024 do not read"
+        )
+        command = f"llama-server -m {out} -c {reach}"
+        return Export(Path(out), "rope_freqs", reach, command, (inexact,) if amplitude != 1 else ())
     source, out = Path(model if model is not None else directory), Path(out)
     if not (source / "config.json").is_file():
         raise ValueError(f"{source}: must hold the model's config.json; pass model=, the model's directory")
@@ -168,7 +169,7 @@ def _write_method(
     text["ropex"] = {"trained_length": rotary.stated_length, **saved.schedule.to_dict()}
     if rotary.unchanged and length is None:  # the config says it already
         text[_length_key(rotary)] = rotary.target
-        return rope_parameters(rotary.config, _rope(saved).layer_type), rotary.target
+        return rope_parameters(rotary.config, saved.scaled_rope().layer_type), rotary.target
     before, refusal = copy.deepcopy(text), None
     for words in ({}, {"own_types": False}, {"own_types": False, "mscales": False}):
         layer_type, parameters, reach = _parameters(saved, length, **words)
@@ -201,7 +202,7 @@ def _require_read_back(
     """
     from transformers import AutoConfig
 
-    rotary, rope = patch.rotary, _rope(saved)
+    rotary, rope = patch.rotary, saved.scaled_rope()
     config = text_config(AutoConfig.from_pretrained(new))
     read = rope_parameters(config, rope.layer_type)
     read["max_position_embeddings"] = config.max_position_embeddings
@@ -222,7 +223,7 @@ def _require_read_back(
     if parameters["rope_type"] == "dynamic" or rotary.unchanged:  # it follows each length; or nothing was changed
         return
     trained = rope.geometry.trained_length
-    divisors, amplitude = divisors_of(_schedule(saved), rope.geometry, rope.turning, length)
+    divisors, amplitude = divisors_of(saved.trained_schedule(), rope.geometry, rope.turning, length)
     schedule = LongRoPE(max(reach / trained, 1.0), divisors, divisors, amplitude=amplitude)
     count = max(rotary.axes) + 1 if rotary.axes is not None else None
     lengths = (min(64, reach), min(trained, reach), reach)
@@ -237,32 +238,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _rope(saved: files.Saved) -> files.SavedRope:
-    """The one embedding that follows the schedule."""
-    if len(saved.ropes) > 1 and any(rope.layer_type is None for rope in saved.ropes.values()):
-        raise ValueError(
-            f"{saved.directory}: some layers keep the model's own angles and share their parameters with others, which "
-            'no config can say; patch with sliding="scale", or load it with ropex.load'
-        )
-    scaled = [rope for rope in saved.ropes.values() if rope.scaled]
-    if len(scaled) > 1:
-        raise ValueError(f"{saved.directory}: several layer types are scaled; load it with ropex.load")
-    return scaled[0]
-
-
-def _schedule(saved: files.Saved) -> FrequencySchedule:
-    """The schedule, with what it has learned."""
-    name = next(name for name, rope in saved.ropes.items() if rope.scaled)
-    rope = RotaryEmbedding(saved.ropes[name].geometry, saved.schedule)
-    with torch.no_grad():
-        for parameter_name, parameter in rope.named_parameters(prefix=name):
-            parameter.copy_(saved.weights[parameter_name])
-    return rope.eval().schedule
-
-
 def _parameters(saved: files.Saved, length: int | None, **words: bool) -> tuple[str | None, dict[str, Any], int]:
     """The layer type that the parameters are for, the parameters, and the context length that they reach."""
-    rope, schedule = _rope(saved), _schedule(saved)
+    rope, schedule = saved.scaled_rope(), saved.trained_schedule()
     parameters = written(schedule, rope.geometry, rope.turning, length, **words)
     reach = length or schedule.target_length(rope.geometry.trained_length)
     if parameters["rope_type"] == "dynamic":  # which counts from what the config says is the maximum
@@ -350,93 +328,3 @@ def _update_lengths(out: Path, before: int | None, reach: int) -> None:
         if isinstance(stated, int) and stated < reach and old in (None, stated):
             content[key] = reach
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# --- llama.cpp --------------------------------------------------------------------------------------------------------
-
-
-def _to_gguf(saved: files.Saved, out: Path, model: str | Path | None, length: int | None) -> Export:
-    """A copy of a converted file with one divisor per pair as the tensor `rope_freqs.weight`."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ValueError('to="gguf" needs the gguf package: pip install gguf') from error
-    source = Path(model) if model is not None else _one_gguf(saved.directory)
-    if out.exists():
-        raise ValueError(f"out={str(out)!r}: exists; pass a new file name")
-    try:
-        reader = gguf.GGUFReader(source)
-    except (ValueError, OSError, IndexError) as error:
-        raise ValueError(f"{source}: must be a GGUF file that llama.cpp's converter wrote: {error}") from error
-    field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
-    arch = field.contents() if field is not None else None
-    if arch not in _GGUF_READS_FREQUENCIES:
-        raise ValueError(
-            f'{source}: has the architecture "{arch}", whose loader in llama.cpp does not read rope_freqs.weight, so '
-            f"that the patch would be ignored: must be {' or '.join(_GGUF_READS_FREQUENCIES)}; serve it with "
-            "transformers or vLLM"
-        )
-    rope, schedule = _rope(saved), _schedule(saved)
-    divisors, amplitude = divisors_of(schedule, rope.geometry, rope.turning, length)
-    reach = length or schedule.target_length(rope.geometry.trained_length)
-    _require_gguf_fits(gguf, reader, source, arch, rope.geometry)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.new")
-    writer = gguf.GGUFWriter(partial, arch=arch)
-    _copy_fields(gguf, reader, writer, arch)
-    writer.add_context_length(reach)
-    if amplitude != 1:
-        writer.add_rope_scaling_attn_factors(amplitude)
-    for tensor in reader.tensors:
-        if tensor.name != "rope_freqs.weight":
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.add_tensor("rope_freqs.weight", torch.tensor(divisors, dtype=torch.float32).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    partial.replace(out)
-    lost = ("llama.cpp multiplies by the amplitude as rope.scaling.attn_factor, which builds before 2024 do not read",)
-    command = f"llama-server -m {out} -c {reach}"
-    return Export(out, "rope_freqs", reach, command, lost if amplitude != 1 else ())
-
-
-def _require_gguf_fits(gguf: Any, reader: Any, source: Path, arch: str, geometry: Geometry) -> None:
-    """Raise unless a file is whole, and of the model that the patch was made for."""
-
-    def said(key: str, default: Any) -> Any:
-        field = reader.get_field(key.format(arch=arch))
-        return field.contents() if field is not None else default
-
-    if (shards := said(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 1)) > 1:
-        raise ValueError(f"{source}: is one of {shards} files; join them with llama-gguf-split --merge first")
-    if (dimension := said(gguf.Keys.Rope.DIMENSION_COUNT, geometry.dim)) != geometry.dim:
-        raise ValueError(
-            f"{source}: rotates {dimension} channels, and the patch {geometry.dim}: convert the model "
-            "that the patch was made for"
-        )
-    base = said(gguf.Keys.Rope.FREQ_BASE, 10_000.0)  # llama.cpp's default
-    if not math.isclose(base, geometry.base, rel_tol=1e-6):
-        raise ValueError(
-            f"{source}: has the base {base:g}, and the patch {geometry.base:g}: convert the model that the patch was "
-            "made for"
-        )
-
-
-def _one_gguf(directory: Path) -> Path:
-    found = sorted(directory.glob("*.gguf"))
-    if len(found) != 1:
-        raise ValueError(
-            f"{directory}: holds {len(found)} GGUF files; pass model=, the file that llama.cpp's "
-            "convert_hf_to_gguf.py made of the model"
-        )
-    return found[0]
-
-
-def _copy_fields(gguf: Any, reader: Any, writer: Any, arch: str) -> None:
-    replaced = {gguf.Keys.General.ARCHITECTURE, gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=arch)}
-    for name, field in reader.fields.items():
-        if name in replaced or name.startswith(("GGUF.", f"{arch}.rope.scal")):
-            continue
-        kind, *inner = field.types
-        writer.add_key_value(name, field.contents(), kind, sub_type=inner[-1] if inner else None)

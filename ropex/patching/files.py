@@ -81,6 +81,31 @@ class Saved:
     model_type: str | None
     weights: dict[str, Tensor]
 
+    def scaled_rope(self) -> SavedRope:
+        """The one embedding that follows the schedule, as a config can say it.
+
+        Raises:
+            ValueError: there are several, or others that share its parameters and follow something else.
+        """
+        if len(self.ropes) > 1 and any(rope.layer_type is None for rope in self.ropes.values()):
+            raise ValueError(
+                f"{self.directory}: some layers keep the model's own angles and share their parameters with others, "
+                'which no config can say; patch with sliding="scale", or load it with ropex.load'
+            )
+        scaled = [rope for rope in self.ropes.values() if rope.scaled]
+        if len(scaled) > 1:
+            raise ValueError(f"{self.directory}: several layer types are scaled; load it with ropex.load")
+        return scaled[0]
+
+    def trained_schedule(self) -> FrequencySchedule:
+        """The schedule, with what it has learned."""
+        name = next(name for name, rope in self.ropes.items() if rope.scaled)
+        rope = RotaryEmbedding(self.ropes[name].geometry, self.schedule)
+        with torch.no_grad():
+            for parameter_name, parameter in rope.named_parameters(prefix=name):
+                parameter.copy_(self.weights[parameter_name])
+        return rope.eval().schedule
+
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write the files of a patched model; each is complete or not there."""

@@ -13,11 +13,12 @@ from torch import nn
 from ropex._checks import require_int
 from ropex.patching.attention import Attention, calls_interface, settings_under
 from ropex.patching.config import UnsupportedModelError, unscaled, with_attributes, with_parameters
-from ropex.patching.detect import Anatomy, Kind, Site
+from ropex.patching.detect import Anatomy
 from ropex.patching.dry import dry_pass
 from ropex.patching.module import PatchedRotary
 from ropex.patching.native import written
 from ropex.patching.probe import Claim, fresh_rotary, live_frequencies, makes_tables_of
+from ropex.patching.sites import Kind, Site
 from ropex.patching.swap import Swap
 from ropex.recommend import recommend
 from ropex.rotary import RotaryEmbedding
