@@ -349,3 +349,55 @@ def test_dual_chunk_attention_is_named() -> None:
     assert "dual chunk attention is not run by transformers" in str(seen)
     with ropex.patch(model, "yarn", factor=4):
         assert model.config.max_position_embeddings == 512
+
+
+# --- what others put around layers ------------------------------------------------------------------------------------
+
+
+def test_compiled_layers_are_looked_through() -> None:
+    model = model_of("smollm3", no_rope_layers=[1, 0]) if "smollm3" in CONFIG_MAPPING_NAMES else model_of("llama")
+    rotating = ropex.inspect(model).attentions
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(layer, backend="eager")
+    assert examine(model).unseen is None
+    assert ropex.inspect(model).attentions == rotating
+
+
+def test_sharded_layers_with_mixed_precision(tmp_path: Any) -> None:
+    """FSDP casts what layers are given; the patch is seen all the same."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = model_of("llama")
+        mesh, policy = init_device_mesh("cpu", (1,)), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        for shard in (*model.model.layers, model):
+            fully_shard(shard, mesh=mesh, mp_policy=policy)
+        assert examine(model).unseen is None
+        ropex.patch(model, "yarn", factor=4)
+        model(input_ids=tokens(20))
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_heavy_attributes_are_not_copied() -> None:
+    class Packed:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("gigabytes of packed weights")
+
+    model = model_of("llama")
+    model.model.layers[0].mlp.packed = Packed()
+    assert examine(model).unseen is None
+
+
+def test_the_watch_ends_with_a_compiled_model() -> None:
+    model = Skipping(config_of("llama")).eval()
+    ropex.patch(model, "yarn", factor=4)
+    watch = next(iter(model._forward_hooks.values())).__self__
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(tokens(20))
+    assert len(watch.handed) <= 2

@@ -378,6 +378,7 @@ def test_a_gguf_file_of_another_base_or_in_parts(tmp_path: Path) -> None:
         ({}, {}),
         ({"kind": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
         ({"kind": "linear", "factor": 1.0}, {}),
+        ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),  # the default of llama.cpp
         (
             {"kind": "yarn", "factor": 4.0, "trained": 128},
             {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.138629436111989}
@@ -388,9 +389,9 @@ def test_a_gguf_file_of_another_base_or_in_parts(tmp_path: Path) -> None:
             {"rope_type": "longrope", "factor": 1.0, "short_factor": [1.0, 2.0, 4.0, 8.0]}
             | {"long_factor": [1.0, 2.0, 4.0, 8.0], "attention_factor": 1.1, "original_max_position_embeddings": 512},
         ),
-        ({"kind": "longrope", "factor": 4.0}, r"carries a scaling \(rope.scaling.type=longrope\)"),
-        ({"warmth": 1.1}, r"carries a scaling"),
-        ({"divisors": [1.0], "kind": "linear", "factor": 2.0}, r"rope_freqs\.weight, rope\.scaling\.type=linear"),
+        ({"kind": "longrope", "factor": 4.0}, r"carries a scaling \(scaling\.type=longrope, scaling\.factor=4\.0\)"),
+        ({"warmth": 1.1}, r"carries a scaling \(scaling\.attn_factor=1\.1"),
+        ({"divisors": [1.0], "kind": "linear", "factor": 2.0}, r"rope_freqs\.weight, scaling\.type=linear"),
     ],
 )
 def test_a_gguf_file_is_never_loaded_unscaled(written: dict[str, Any], read: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ropex.patching import empty_model
 from ropex.patching.config import rope_parameters, with_parameters
 
 __all__ = ["LoadedModel", "Texts", "load_dataset_texts", "load_empty_model", "load_model", "load_texts"]
@@ -68,20 +69,14 @@ def load_model(name: str | None = None, *, dtype: torch.dtype = torch.float32, d
 
 
 def load_empty_model(directory: Path) -> Any:
-    """The causal language model that a directory's config describes, on the meta device.
+    """The language model that a directory's config describes, on the meta device.
 
     Raises:
         ValueError: no config, or one that transformers cannot make a model of.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if not (directory / "config.json").is_file():
         raise ValueError(f"{str(directory)!r}: must be a directory with config.json; pass the model's directory")
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    except Exception as error:  # a broken config can fail in as many ways as it has keys
-        raise ValueError(f"{str(directory)!r}: its config.json cannot be loaded: {_first_line(error)}") from error
+    return empty_model(directory)
 
 
 class Texts(NamedTuple):
@@ -193,12 +188,11 @@ def _converted(gguf: Path) -> Path:
 
     # transformers 4 would read a config that 5 wrote without its theta.
     major = transformers.__version__.partition(".")[0]
-    scaling = _gguf_scaling(gguf)
-    kept = f"{gguf.stem}-{digest[:16]}{'-scaled' if scaling else ''}-transformers-{major}"
-    cached = platformdirs.user_cache_path("ropex") / kept
+    cached = platformdirs.user_cache_path("ropex") / f"{gguf.stem}-{digest[:16]}-2-transformers-{major}"
     if cached.is_dir():
         return cached
 
+    scaling = _gguf_scaling(gguf)
     dense = {}
     if hasattr(transformers, "GgufConfig"):  # newer ones may keep the weights packed, older ones never do
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -238,24 +232,32 @@ def _gguf_scaling(path: Path) -> dict[str, Any]:
         import gguf
     except ModuleNotFoundError as error:
         raise ValueError(f"model {str(path)!r}: needs the gguf package: pip install gguf") from error
-    reader = gguf.GGUFReader(path)
-    fields = {
-        name.partition(".rope.")[2]: field.contents() for name, field in reader.fields.items() if ".rope." in name
-    }
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError) as error:
+        raise ValueError(f"model {str(path)!r}: must be a whole GGUF file: {_first_line(error)}") from error
+    said = {name.partition(".rope.")[2]: field.contents() for name, field in reader.fields.items() if ".rope." in name}
     context = next((f.contents() for name, f in reader.fields.items() if name.endswith(".context_length")), None)
     divisors = [tensor.data.tolist() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    # Without a type llama.cpp takes a factor as linear, also under its older name.
+    factor = float(said.get("scaling.factor", said.get("scale_linear", 1.0)))
+    kind = "none" if factor == 1 else said.get("scaling.type", "linear")
+    trained, warmth = (
+        int(said.get("scaling.original_context_length", context or 0)),
+        said.get("scaling.attn_factor", 1.0),
+    )
+    known = {"scaling.type", "scaling.factor", "scaling.original_context_length", "scaling.attn_factor"}
+    known |= {"scaling.finetuned", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow"}
+    untold = {name: value for name, value in said.items() if name.startswith("scaling.") and name not in known}
     others = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_factors")]
-    kind, factor = fields.get("scaling.type", "none"), float(fields.get("scaling.factor", 1.0))
-    trained = int(fields.get("scaling.original_context_length", context or 0))
-    warmth = float(fields.get("scaling.attn_factor", 1.0))
-    if kind == "none" or factor == 1:
-        kind = "none"
-    untold = kind not in ("none", "linear", "yarn") or (warmth != 1 and kind != "yarn" and not divisors)
-    if others or untold or (divisors and kind != "none"):
-        said = ", ".join([*others, *(["rope_freqs.weight"] if divisors else []), f"rope.scaling.type={kind}"])
+    possible = kind in ("none", "linear", "yarn") and (warmth == 1 or kind == "yarn" or bool(divisors))
+    if others or untold or not possible or (divisors and kind != "none"):
+        scaling = {name: value for name, value in said.items() if name.startswith(("scaling.", "scale_linear"))}
+        tensors = [*others, *(["rope_freqs.weight"] if divisors else [])]
+        found = ", ".join([*tensors, *(f"{name}={value}" for name, value in scaling.items())])
         raise ValueError(
-            f"model {str(path)!r}: carries a scaling ({said}) that transformers cannot be told; load the checkpoint "
-            "that it was converted from"
+            f"model {str(path)!r}: carries a scaling ({found}) "
+            "that transformers cannot be told; load the checkpoint that it was converted from"
         )
     original = {"original_max_position_embeddings": trained}
     if divisors:
@@ -265,7 +267,9 @@ def _gguf_scaling(path: Path) -> dict[str, Any]:
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         amplitude = warmth * (0.1 * math.log(factor) + 1)
-        return {"rope_type": "yarn", "factor": factor, "attention_factor": amplitude, **original}
+        names = {"beta_fast": "scaling.yarn_beta_fast", "beta_slow": "scaling.yarn_beta_slow"}
+        betas = {key: float(said[name]) for key, name in names.items() if name in said}
+        return {"rope_type": "yarn", "factor": factor, "attention_factor": amplitude, **betas, **original}
     return {}
 
 

@@ -148,7 +148,7 @@ def check_packed(cu_seqlens: Tensor, order: str, tokens: int, rows: tuple[int, i
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
         raise ValueError(
             f"cu_seqlens {describe(cu_seqlens)}: must be int32 or int64 [sequences + 1]; pass where each sequence "
-            "starts, and the number of tokens"
+            "starts, and where the last one ends"
         )
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens on {cu_seqlens.device}, rotation on {device}: must be on one device; move one")

@@ -164,7 +164,7 @@ def rotate_with_table(
     checks.check_table(cos, sin)
     width = cos.shape[-1]
     if isinstance(q, Tensor) and q.dim():
-        if rotary_dim is None and 2 * width == q.shape[-1]:
+        if rotary_dim is None and 2 * width == q.shape[-1] and width % 2 == 0:
             raise ValueError(
                 f"cos {describe(cos)} for {q.shape[-1]} channels: may be one value for each of {width} pairs, "
                 f"or each value twice for {width // 2}; pass rotary_dim={2 * width} for the one, {width} for the other"

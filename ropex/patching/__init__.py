@@ -1,7 +1,7 @@
 """Patching transformers models in place: this instance only, checked by a probe, undone bit for bit."""
 
 from ropex.patching.config import UnsupportedModelError
-from ropex.patching.export import Export, export
+from ropex.patching.export import Export, empty_model, export
 from ropex.patching.generation import cache_argument, cache_of
 from ropex.patching.groups import param_groups
 from ropex.patching.inspect import Inspection, LayerKind, depends_on_length, explain, inspect
@@ -17,6 +17,7 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "depends_on_length",
+    "empty_model",
     "explain",
     "export",
     "find_patch",

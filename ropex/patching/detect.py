@@ -150,7 +150,8 @@ def _examine(model: nn.Module, trained_length: int | None, steps: list[str]) -> 
             slides = window is not None and window <= kind.geometry.trained_length
             attentions.append(Attention(module, path, names, layer_type, window, slides, norm_follows(module)))
     steps += [f"{how.name}: pairs {how.channels} channels" for how in functions.values()]
-    without = [path for path, *_ in found if path not in {each.path for each in attentions}]
+    rotating = {each.path for each in attentions}
+    without = [path for path, *_ in found if path not in rotating]
     if dry.failure is not None:
         steps.append(f"dry pass: could not be run ({dry.failure}); the first real pass will tell which layers rotate")
     else:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import re
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ _DTYPE = torch.bfloat16  # the one that grouped matrix products of experts take
 _MAKES_MASK = re.compile(r"create\w*_mask$")
 # What accelerate and torch.compile put on instances.
 _MOVED = ("_hf_hook", "_old_forward", "forward", "_compiled_call_impl")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Tables = Mapping[str | None, tuple[Tensor, ...]]
 
@@ -108,10 +110,13 @@ class FirstPass:
         self.handles.append(runner.register_forward_hook(self._judge))
 
     def _note_tables(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.handed += _tensors(output)
+        if not torch.compiler.is_compiling():
+            self.handed += _tensors(output)
 
     def _note_given(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if any(_is_one_of(each, self.handed) for each in _tensors((args, kwargs))):
+        # By their shape: mixed precision and other devices hand on copies.
+        shapes = {table.shape for table in self.handed}
+        if any(each.shape in shapes for each in _tensors((args, kwargs))):
             self.given.add(name)
 
     def _judge(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -123,8 +128,9 @@ class FirstPass:
         if without := sorted(self.names - self.given):
             raise UnsupportedModelError(
                 f"{len(without)} attentions of {type(module).__name__} were given no cos and sin in their first pass, "
-                f"so that the patch changes nothing there: {', '.join(without[:8])}; call ropex.unpatch(model), and "
-                "report this with the model's config"
+                f"so that the patch changes nothing there: {', '.join(without[:8])}; they do not rotate, or something "
+                "put other tables in the place of the patch's: call ropex.unpatch(model), and report this with the "
+                "model's config"
             )
 
 
@@ -148,32 +154,62 @@ class _Gives(nn.Module):
 
 
 def _weightless(runner: nn.Module, rotaries: Mapping[str, Tables], configs: tuple[Any, Any] | None) -> nn.Module:
-    """A copy on the meta device with plain linear layers, whatever has quantised, wrapped or offloaded them."""
+    """A copy on the meta device with plain linear layers, whatever has quantised, sharded, wrapped or offloaded them.
+
+    Tensors become empty ones, configs are copied, and what is neither data nor a module is shared with the original.
+    """
     memo: dict[int, Any] = {}
-    for path, tables in rotaries.items():
-        original = runner.get_submodule(path)
-        memo[id(original)] = _Gives(original, tables)
-    for child in runner.modules():
-        sizes = [getattr(child, name, None) for name in ("in_features", "out_features")]
-        if child is not runner and all(isinstance(size, int) for size in sizes) and not _is_dense(child, sizes):
-            plain: Any = nn.Linear
-            memo[id(child)] = plain(*sizes, bias=False, device="meta", dtype=_DTYPE)
-        memo |= {id(vars(child)[name]): None for name in _MOVED if name in vars(child)}
-        for hooks in (child._forward_pre_hooks, child._forward_hooks, child._backward_hooks, child._state_dict_hooks):
-            memo[id(hooks)] = type(hooks)()
-    for tensor in (*runner.parameters(), *runner.buffers()):
-        dtype = _DTYPE if tensor.is_floating_point() else tensor.dtype
-        memo[id(tensor)] = torch.zeros(tensor.shape, dtype=dtype, device="meta")
     if configs is not None:
         memo[id(configs[0])] = copy.deepcopy(configs[1])
-    copied = copy.deepcopy(runner, memo)
-    for child in copied.modules():
-        for name in _MOVED:
-            vars(child).pop(name, None)
-        own: Any = vars(child).get("config")
+    replaced: dict[nn.Module, nn.Module] = {}
+    for path, tables in rotaries.items():
+        original = runner.get_submodule(path)
+        replaced[original] = _Gives(original, tables)
+    modules = list(runner.modules())
+    for child in modules:
+        sizes = [getattr(child, name, None) for name in ("in_features", "out_features")]
+        if child in replaced:
+            continue
+        if child is not runner and all(isinstance(size, int) for size in sizes) and not _is_dense(child, sizes):
+            plain: Any = nn.Linear
+            replaced[child] = plain(*sizes, bias=False, device="meta", dtype=_DTYPE)
+        else:
+            cls = next(cls for cls in type(child).__mro__ if not cls.__module__.startswith("torch.distributed"))
+            replaced[child] = object.__new__(cls)
+    for child in modules:  # a compiled layer stands for the one inside
+        if isinstance(inner := child._modules.get("_orig_mod"), nn.Module):
+            replaced[child] = replaced[inner]
+    memo |= {id(child): copied for child, copied in replaced.items()}
+    for child in modules:
+        copied = replaced[child]
+        if not vars(copied) and "_orig_mod" not in child._modules:
+            copied.__dict__.update(
+                {name: _light(value, memo) for name, value in vars(child).items() if name not in _MOVED}
+            )
+            for name in _HOOKS:
+                copied.__dict__[name] = type(vars(child)[name])()
+        own: Any = vars(copied).get("config")
         if hasattr(own, "_attn_implementation"):  # not what stands for a rotary module
             own._attn_implementation = "eager"
-    return copied.eval()
+    return replaced[runner].eval()
+
+
+def _light(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of an attribute without what is heavy or foreign in it."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, Tensor):
+        dtype = _DTYPE if value.is_floating_point() else value.dtype
+        memo[id(value)] = torch.zeros(value.shape, dtype=dtype, device="meta")
+    elif hasattr(value, "to_dict"):
+        memo[id(value)] = copy.deepcopy(value, memo)
+    elif type(value) in (dict, OrderedDict):
+        return type(value)((key, _light(each, memo)) for key, each in value.items())
+    elif type(value) in (list, tuple):
+        return type(value)(_light(each, memo) for each in value)
+    else:
+        return value
+    return memo[id(value)]
 
 
 def _is_dense(linear: nn.Module, sizes: list[Any]) -> bool:
@@ -211,8 +247,9 @@ def _watch(copied: nn.Module, seen: DryPass, attentions: Mapping[str, tuple[str,
         return None
 
     for path, names in attentions.items():
-        attention = copied.get_submodule(path)
-        own = next((what for inside, what in ((g, (g, None)) for g in gives) if inside.startswith(f"{path}.")), None)
+        place = _in_copy(path)
+        attention = copied.get_submodule(place)
+        own = next(((inside, None) for inside in gives if inside.startswith(f"{place}.")), None)
 
         def rotates(*args: Any, path: str = path, attention: Any = attention, own: Any = own, **kwargs: Any) -> Any:
             if what := found((args, kwargs)) or vars(attention).get("ropex_given") or own:
@@ -234,7 +271,7 @@ def _watch(copied: nn.Module, seen: DryPass, attentions: Mapping[str, tuple[str,
     }
     copied.forward = types.MethodType(_with_globals(type(copied).forward, makers), copied)
     if lenient:
-        _forgive(copied, set(attentions))
+        _forgive(copied, set(map(_in_copy, attentions)))
 
 
 def _bound(forward: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -256,6 +293,11 @@ def _forgive(copied: nn.Module, attentions: set[str]) -> None:
         apart = not any(_within(each, path) or _within(path, each) for each in attentions)
         if apart and not isinstance(module, _Gives | nn.ModuleList | nn.ModuleDict):
             module.forward = _forgiving(module.forward)
+
+
+def _in_copy(path: str) -> str:
+    """Where the module of this path is in a copy, in which compiled layers are plain ones."""
+    return path.replace("._orig_mod", "")
 
 
 def _within(path: str, owner: str) -> bool:

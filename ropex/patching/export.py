@@ -111,12 +111,15 @@ def export(
         lost.append('precision="float32": scores are computed in the dtype of the model')
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".ropex-") as made:
+        checked = Path(made) / "config"
+        checked.mkdir()
+        (checked / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        _require_read_back(saved, checked, patch, parameters, reach, length)
         new = Path(made) / "model"  # complete before it gets its name
         shutil.copytree(source, new, ignore=shutil.ignore_patterns("ropex.*", "checkpoint-*"))
         _drop_learned(new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _update_lengths(new, before, reach)
-        _require_read_back(saved, new, patch, parameters, reach, length)
         if out.exists():
             out.rmdir()  # empty, as was checked
         new.replace(out)
@@ -139,19 +142,29 @@ def _require_apart(source: Path, out: Path) -> None:
 
 def _patched_like(saved: files.Saved, source: Path) -> Patch:
     """The model that a directory's config describes, without weights and patched: the patch must fit it."""
+    return load(empty_model(source), saved.directory)
+
+
+def empty_model(source: Path) -> Any:
+    """The language model that a directory's config describes, on the meta device.
+
+    Raises:
+        ValueError: a config that transformers cannot make a model of.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 
     failure: Exception | None = None
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:  # a broken config can fail in as many ways as it has keys
+        raise ValueError(f"{str(source)!r}: its config.json cannot be loaded: {error}") from error
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM):
         try:
-            config = AutoConfig.from_pretrained(source)
             with torch.device("meta"):
-                empty = auto.from_config(config)
+                return auto.from_config(config)
         except Exception as error:  # in a class of its own
             failure = failure or error
-            continue
-        return load(empty, saved.directory)
-    raise ValueError(f"{source}: transformers cannot make a model of its config.json: {failure}") from failure
+    raise ValueError(f"{str(source)!r}: its config.json cannot be loaded: {failure}") from failure
 
 
 def _write_method(

@@ -10,7 +10,7 @@ from torch import nn
 
 from ropex.kernels import Angles
 from ropex.patching.config import text_config
-from ropex.patching.detect import examine, find_active
+from ropex.patching.detect import examine, find_active, find_patched
 from ropex.patching.swap import Swap, channels_of
 from ropex.patching.tables import Channels, TableLayout
 from ropex.rotation import Geometry
@@ -108,7 +108,8 @@ class Inspection:
         if len(self.kinds) > 1 or self.kinds[0].window is not None:
             for kind in self.kinds:
                 sees = "all tokens" if kind.window is None else f"a window of {kind.window} tokens"
-                follows = kind.schedule if self.patched else f"transformers, {kind.own}"
+                own = kind.own if kind.own is not None else "a scaling that ropex does not read"
+                follows = kind.schedule if self.patched else f"transformers, {own}"
                 rows[f"{kind.layers} x {kind.name}"] = f"{sees}, base {kind.geometry.base:g}, {follows}"
         rows |= {f"note {number}": note for number, note in enumerate(self.notes, 1)}
         width = max(9, *map(len, rows))
@@ -156,6 +157,8 @@ def inspect(model: nn.Module) -> Inspection:
 def explain(model: nn.Module) -> tuple[str, ...]:
     """What each step of detection sees in a model that is not patched; the last one says why it is refused."""
     steps: list[str] = []
+    if find_patched(model):
+        return (f"{type(model).__name__} is patched: what it was is seen after ropex.unpatch(model)",)
     with contextlib.suppress(ValueError):
         examine(model, steps=steps)
     return tuple(steps)

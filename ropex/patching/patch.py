@@ -224,7 +224,10 @@ def _apply(model: nn.Module, plan: Plan, tokenizer: Any) -> Patch:
     for patched in plan.rotaries:
         patched.check()
     configs = own_configs(model)
-    # Nothing has been changed so far, and nothing below can fail.
+    if tokenizer is not None and tokenizer.model_max_length < plan.target:
+        before, tokenizer.model_max_length = tokenizer.model_max_length, plan.target
+        _TOKENIZERS[first] = (tokenizer, before)
+    # Nothing of the model has been changed so far, and nothing below can fail.
     for module, name, config in configs:
         module.__dict__[name] = config
     for (owner, name, training), patched in zip(plan.places, plan.rotaries, strict=True):
@@ -232,11 +235,11 @@ def _apply(model: nn.Module, plan: Plan, tokenizer: Any) -> Patch:
     for target, name, value in list(plan.changes(model)):
         first.undo.append((target, name, hasattr(target, name), getattr(target, name, None)))
         setattr(target, name, value)
+    for module, name, value in plan.attributes:  # undone where they stand, so that copies of either part are whole
+        module.__dict__.setdefault("ropex_undo", {})[name] = getattr(module, name)
+        setattr(module, name, value)
     for module, cls in classes:
         swap_class(module, cls)
-    if tokenizer is not None and tokenizer.model_max_length < plan.target:
-        _TOKENIZERS[first] = (tokenizer, tokenizer.model_max_length)
-        tokenizer.model_max_length = plan.target
     owner, hooks = plan.owner, first.hooks
     if schedule.augments:
         hooks.append(owner.register_forward_pre_hook(require_evaluation, with_kwargs=True))
@@ -284,6 +287,8 @@ def unpatch(model: nn.Module) -> None:
             tokenizer[0].model_max_length = tokenizer[1]
         setattr(spot.owner, spot.name, spot.patched.original.train(spot.patched.training))
     for module in [*model.modules()]:
+        for name, value in module.__dict__.pop("ropex_undo", {}).items():
+            setattr(module, name, value)
         for marker in (Rotating, Owned):
             cls: Any = module.__class__
             if issubclass(cls, marker):

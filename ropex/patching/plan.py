@@ -58,7 +58,6 @@ class Plan:
 
     def changes(self, model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
         """Object, attribute and new value of all else that changes; asked once the model owns its configs."""
-        yield from self.attributes
         first = self.rotaries[0]
         configs = {id(config): config for patched in self.rotaries if (config := patched.original.config)}
         for config in configs.values():

@@ -78,8 +78,8 @@ class LongRoPE(FrequencySchedule):
 
     def _amplitude(self, request: Request) -> float | Tensor:
         if isinstance(self.amplitude, Sequence):
-            beyond = growth(request) > 1
-            return torch.where(beyond, self.amplitude[1], self.amplitude[0]).to(request.inv_freq().dtype)
+            short, long = request.inv_freq().new_tensor(self.amplitude)
+            return torch.where(growth(request) > 1, long, short)
         if self.amplitude is not None:
             return self.amplitude
         return math.sqrt(1 + math.log(self.factor) / math.log(max(request.geometry.trained_length, 2)))

@@ -17,6 +17,7 @@ import argparse
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import json
 import logging
 import re
@@ -182,14 +183,13 @@ def rows(method: str, options: dict[str, Any], engines: dict[str, Any]) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for engine in FOLDERS:
-        parser.add_argument(f"--{engine}", type=Path, help=f"where {engine}'s wheel was unpacked")
+        parser.add_argument(f"--{engine}", type=Path, required=True, help=f"where {engine}'s wheel was unpacked")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "engines.json")
     asked = parser.parse_args()
     logging.disable(logging.WARNING)
     engines, versions = {}, {}
     for engine in FOLDERS:
-        if (wheel := getattr(asked, engine)) is None:
-            continue
+        wheel = getattr(asked, engine)
         sys.meta_path.insert(0, Finder(engine, wheel))
         engines[engine] = importlib.import_module(FOLDERS[engine].replace("/", ".") + ".rotary_embedding")
         if engine == "sglang":
