@@ -389,9 +389,12 @@ def test_a_gguf_file_of_another_base_or_in_parts(tmp_path: Path) -> None:
             {"rope_type": "longrope", "factor": 1.0, "short_factor": [1.0, 2.0, 4.0, 8.0]}
             | {"long_factor": [1.0, 2.0, 4.0, 8.0], "attention_factor": 1.1, "original_max_position_embeddings": 512},
         ),
-        ({"kind": "longrope", "factor": 4.0}, r"carries a scaling \(scaling\.type=longrope, scaling\.factor=4\.0\)"),
+        ({"kind": "longrope", "factor": 4.0}, r"carries a scaling \(scaling\.factor=4\.0, scaling\.type=longrope\)"),
         ({"warmth": 1.1}, r"carries a scaling \(scaling\.attn_factor=1\.1"),
-        ({"divisors": [1.0], "kind": "linear", "factor": 2.0}, r"rope_freqs\.weight, scaling\.type=linear"),
+        (
+            {"divisors": [1.0], "kind": "linear", "factor": 2.0},
+            r"rope_freqs\.weight, scaling\.factor=2\.0, scaling\.type=linear",
+        ),
     ],
 )
 def test_a_gguf_file_is_never_loaded_unscaled(written: dict[str, Any], read: Any, tmp_path: Path) -> None:
