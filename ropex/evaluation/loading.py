@@ -145,7 +145,7 @@ def load_dataset_texts(name: str, *, split: str = "test", column: str = "text", 
 
 
 def _read(path: Path) -> str:
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
         raise ValueError(
             f"text {str(path)!r}: must be plain text, and JSON lines hold texts in a column; pass --dataset with its "
             "directory"
@@ -240,7 +240,7 @@ def _gguf_scaling(path: Path) -> dict[str, Any]:
     context = next((f.contents() for name, f in reader.fields.items() if name.endswith(".context_length")), None)
     divisors = [tensor.data.tolist() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
     # Without a type llama.cpp takes a factor as linear, also under its older name.
-    factor = float(said.get("scaling.factor", said.get("scale_linear", 1.0)))
+    factor = float(said.get("scaling.factor", said.get("scale_linear", 1.0))) or 1.0
     kind = "none" if factor == 1 else said.get("scaling.type", "linear")
     trained, warmth = (
         int(said.get("scaling.original_context_length", context or 0)),

@@ -97,8 +97,9 @@ def layer_types(config: Any) -> list[str]:
 def scaling_type(config: Any, layer_type: str | None = None) -> str | None:
     """The type of scaling that the config carries, or None."""
     parameters = rope_parameters(config, layer_type)
-    plain = parameters["rope_type"] in _PLAIN and parameters.get("factor") in (None, 1)
-    return None if plain else parameters["rope_type"]
+    kind = parameters["rope_type"]
+    scales = kind == "proportional" and parameters.get("factor") not in (None, 1)  # the others ignore a factor
+    return None if kind in _PLAIN and not scales else kind
 
 
 def pretraining_length(config: Any, layer_type: str | None = None) -> int | None:

@@ -182,7 +182,8 @@ def _write_method(
     text["ropex"] = {"trained_length": rotary.stated_length, **saved.schedule.to_dict()}
     if rotary.unchanged and length is None:  # the config says it already
         text[_length_key(rotary)] = rotary.target
-        return rope_parameters(rotary.config, saved.scaled_rope().layer_type), rotary.target
+        layer_type = next(rope.layer_type for rope in saved.ropes.values() if rope.scaled)
+        return rope_parameters(rotary.config, layer_type), rotary.target
     before, refusal = copy.deepcopy(text), None
     for words in ({}, {"own_types": False}, {"own_types": False, "mscales": False}):
         layer_type, parameters, reach = _parameters(saved, length, **words)
@@ -215,7 +216,10 @@ def _require_read_back(
     """
     from transformers import AutoConfig
 
-    rotary, rope = patch.rotary, saved.scaled_rope()
+    rotary = patch.rotary
+    if rotary.unchanged and length is None:
+        return
+    rope = saved.scaled_rope()
     config = text_config(AutoConfig.from_pretrained(new))
     read = rope_parameters(config, rope.layer_type)
     read["max_position_embeddings"] = config.max_position_embeddings

@@ -130,7 +130,8 @@ def plan_for(model: nn.Module, anatomy: Anatomy, wish: Wish) -> Plan:
     follows = {kind.layer_type: kind.own if kept and (unchanged or kind not in scaled) else schedule for kind in kinds}
     rotaries = tuple(_rotary(name, anatomy, site, follows, scales, settings) for site in anatomy.sites)
     swaps = tuple(_swap(name, anatomy, attention, rotaries[0], scales, settings) for attention in anatomy.attentions)
-    amplitudes = dict(_amplitudes(name, anatomy, schedule, rotaries[0].rope, scales))
+    # A scaling that is kept does what it does in transformers, where the norm cancels its amplitude.
+    amplitudes = {} if kept else dict(_amplitudes(name, anatomy, schedule, rotaries[0].rope, scales))
     if unchanged:
         parameters: tuple[str, dict[str, Any]] | None = (main.scaling or "default", {})
     elif amplitudes:  # in plain transformers the norm after the rotation would cancel them
@@ -367,6 +368,12 @@ def _parameters(
     count = max(site.axes) + 1 if site.axes is not None else None
     lengths = (min(64, trained), trained, max(target, trained))
     claim = Claim(schedule, kind.geometry, lengths, turning, kind.layer_type, count, site.axes)
+    # What the other layer types do may follow the length that the config states.
+    others = [
+        replace(claim, schedule=each.own, geometry=each.geometry, turning=None, layer_type=each.layer_type)
+        for each in site.kinds
+        if each.layer_type != kind.layer_type and each.own is not None and each.turning is None
+    ]
     attentions = {path: attention.functions for path, attention in anatomy.within.items()}
     for words in ({}, {"own_types": False}, {"own_types": False, "mscales": False}):
         try:
@@ -374,7 +381,8 @@ def _parameters(
             attributes = with_parameters(site.rotary.config, parameters, kind.layer_type, trained, widened=widened)
             config = with_attributes(site.rotary.config, {"max_position_embeddings": target, **attributes})
             getattr(config, "validate", lambda: None)()
-            same = makes_tables_of(fresh_rotary(name, site.rotary, config), site.layout, claim)
+            fresh = fresh_rotary(name, site.rotary, config)
+            same = all(makes_tables_of(fresh, site.layout, each) for each in (claim, *others))
         except Exception:  # this config does not take this type, and says so in a class of its own
             continue
         if not same:
