@@ -269,6 +269,22 @@ def test_a_scaling_that_is_kept_is_the_models_own(kind: str) -> None:
         assert torch.equal(logits_of(model, ids), want)
 
 
+@five
+@pytest.mark.parametrize("family", ["llama4_text", "nanochat", "hunyuan_v1_dense"])
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+def test_a_scaling_whose_amplitude_the_norm_cancels_is_kept_as_it_is(family: str, kind: str) -> None:
+    """Queries and keys are normalised after the rotation; and Llama 4's layers that rotate are all chunked."""
+    options = {"attention_chunk_size": 64} if family == "llama4_text" else {}
+    model = model_of(family, rope_parameters=dict(SCALED[kind]), **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    want = logits_of(model, tokens())
+    with ropex.patch(model, on_scaled="keep"):
+        assert (logits_of(model, tokens()) - want).abs().max() < 1e-5 * max(1.0, want.abs().max().item())
+
+
 @pytest.mark.parametrize("kind", ["yarn", "yarn with options", "llama3", "linear"])
 def test_a_scaling_that_is_kept_can_be_widened(kind: str) -> None:
     model = scaled_model(kind)

@@ -95,6 +95,9 @@ def plan_for(model: nn.Module, anatomy: Anatomy, wish: Wish) -> Plan:
     """
     name, settings = type(model).__name__, wish.settings
     scales = {a.path: settings["sliding"] == "scale" or not a.slides for a in anatomy.attentions}
+    widens = wish.factor is not None or wish.length is not None
+    if not any(scales.values()) and settings["on_scaled"] == "keep" and not widens:
+        scales = dict.fromkeys(scales, True)  # what is kept needs no longer context to make sense
     if not any(scales.values()):
         windows = sorted({a.window for a in anatomy.attentions if a.window is not None})
         raise ValueError(
