@@ -206,6 +206,7 @@ def test_a_collator_drops_padding() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1]]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker:UserWarning")  # on one core
 def test_workers_and_epochs_draw_anew_from_a_given_generator() -> None:
     collator = PoSECollator(16, 4096, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(documents(*[400] * 4), batch_size=2, collate_fn=collator, num_workers=2)
