@@ -242,10 +242,8 @@ def _gguf_scaling(path: Path) -> dict[str, Any]:
     # Without a type llama.cpp takes a factor as linear, also under its older name.
     factor = float(said.get("scaling.factor", said.get("scale_linear", 1.0))) or 1.0
     kind = "none" if factor == 1 else said.get("scaling.type", "linear")
-    trained, warmth = (
-        int(said.get("scaling.original_context_length", context or 0)),
-        said.get("scaling.attn_factor", 1.0),
-    )
+    trained = int(said.get("scaling.original_context_length", context or 0))
+    warmth = said.get("scaling.attn_factor", 1.0)
     known = {"scaling.type", "scaling.factor", "scaling.original_context_length", "scaling.attn_factor"}
     known |= {"scaling.finetuned", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow"}
     untold = {name: value for name, value in said.items() if name.startswith("scaling.") and name not in known}

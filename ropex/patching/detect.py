@@ -13,7 +13,7 @@ from torch import nn
 
 from ropex.patching.attention import Attention, norm_follows, rotary_functions, window_of
 from ropex.patching.config import UnsupportedModelError, text_config
-from ropex.patching.dry import Tables, dry_pass
+from ropex.patching.dry import Tables, dry_pass, within_module
 from ropex.patching.families import NOT_ROTARY, NOT_SUPPORTED
 from ropex.patching.module import PatchedRotary
 from ropex.patching.probe import probe_function
@@ -117,7 +117,7 @@ def _examine(model: nn.Module, trained_length: int | None, steps: list[str]) -> 
     name = type(model).__name__
     rotaries = dict(_text_rotaries(model, name, steps))
     found = list(_find_attentions(model, list(rotaries)))
-    used = [path for path in rotaries if any(_within(attention, _owner(model, path)) for attention, *_ in found)]
+    used = [path for path in rotaries if any(within_module(attention, _owner(model, path)) for attention, *_ in found)]
     calls = sorted({each for _, _, names in found for each in names})
     steps.append(f"attentions: {len(found)} call a rotary function ({', '.join(calls) or 'none'})")
     if not used:
@@ -161,7 +161,7 @@ def _examine(model: nn.Module, trained_length: int | None, steps: list[str]) -> 
             f"{name} has a rotary embedding module ({used[0]}) but none of its attentions was seen to use its cos and "
             "sin, so a patch would change nothing"
         )
-    notes = _notes(sites, [*without])
+    notes = _notes(sites, without)
     steps.extend(notes)
     inside = {within[each.path]: each for each in attentions}
     return Anatomy(sites, tuple(attentions), functions, runner, inside, tables, dry.failure, notes)
@@ -238,7 +238,7 @@ def _find_attentions(model: nn.Module, text: list[str]) -> Iterator[tuple[str, n
     for path, module in model.named_modules():
         cls: Any = type(module)
         if names := rotary_functions(cls):
-            nearest = max((owner for owner in owners if _within(path, owner)), key=len, default=None)
+            nearest = max((owner for owner in owners if within_module(path, owner)), key=len, default=None)
             if nearest in of_text:
                 _require_own_forward(type(model).__name__, module)
                 yield path, module, names
@@ -269,7 +269,7 @@ def _runner(model: nn.Module, paths: list[str]) -> nn.Module:
 
 
 def _inside(path: str, owner: str) -> bool:
-    return _within(path, owner) and path != owner
+    return within_module(path, owner) and path != owner
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -288,10 +288,6 @@ def _owner(model: nn.Module, path: str) -> str:
     """The module that holds the one of this name; for one in a list or dict, that which holds the container."""
     owner = path.rpartition(".")[0]
     return _owner(model, owner) if isinstance(model.get_submodule(owner), nn.ModuleList | nn.ModuleDict) else owner
-
-
-def _within(path: str, owner: str) -> bool:
-    return owner == "" or path == owner or path.startswith(f"{owner}.")
 
 
 def _head_dim(attention: nn.Module, default: int) -> int:

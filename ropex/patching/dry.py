@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ropex.patching.config import UnsupportedModelError
 
-__all__ = ["DryPass", "FirstPass", "Tables", "bare_class", "dry_pass"]
+__all__ = ["DryPass", "FirstPass", "Tables", "bare_class", "dry_pass", "within_module"]
 
 _DTYPE = torch.bfloat16  # the one that grouped matrix products of experts take
 _MAKES_MASK = re.compile(r"create\w*_mask$")
@@ -290,7 +290,7 @@ def _with_globals(function: Callable[..., Any], replaced: dict[str, Any]) -> Cal
 def _forgive(copied: nn.Module, attentions: set[str]) -> None:
     """Let parts beside the attentions that need values, such as routers, give back what they are given."""
     for path, module in copied.named_modules():
-        apart = not any(_within(each, path) or _within(path, each) for each in attentions)
+        apart = not any(within_module(each, path) or within_module(path, each) for each in attentions)
         if apart and not isinstance(module, _Gives | nn.ModuleList | nn.ModuleDict):
             module.forward = _forgiving(module.forward)
 
@@ -300,7 +300,8 @@ def _in_copy(path: str) -> str:
     return path.replace("._orig_mod", "")
 
 
-def _within(path: str, owner: str) -> bool:
+def within_module(path: str, owner: str) -> bool:
+    """Whether the module of this path is the owner, or in it."""
     return owner == "" or path == owner or path.startswith(f"{owner}.")
 
 

@@ -96,7 +96,7 @@ def export(
         raise ValueError(f"{source}: must hold the model's config.json; pass model=, the model's directory")
     _require_apart(source, out)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    patch = _patched_like(saved, source)
+    patch = load(empty_model(source), saved.directory)  # which the patch must fit
     before = config.get("text_config", config).get(_length_key(patch.rotary))
     parameters, reach = _write_method(saved, config, length, to, patch)
     lost: list[str] = []
@@ -138,11 +138,6 @@ def _require_apart(source: Path, out: Path) -> None:
         raise ValueError(f"out={str(out)!r}: must be a new or empty directory; pass another one")
     if source.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"out={str(out)!r}: lies in {str(source)!r}, which is copied; pass a directory outside of it")
-
-
-def _patched_like(saved: files.Saved, source: Path) -> Patch:
-    """The model that a directory's config describes, without weights and patched: the patch must fit it."""
-    return load(empty_model(source), saved.directory)
 
 
 def empty_model(source: Path) -> Any:

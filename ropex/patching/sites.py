@@ -97,7 +97,7 @@ def examine_site(
             trained_length=known if known is not None else maximum,
         )
         scaling = scaling_type(config, layer_type)
-        turning = (buffer != 0).cpu() if bool((buffer == 0).any()) else None
+        turning = (buffer != 0) if bool((buffer == 0).any()) else None
         lengths = tuple(
             {min(geometry.trained_length, 64), geometry.trained_length, 2 * geometry.trained_length, maximum}
         )
