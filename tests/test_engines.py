@@ -25,10 +25,11 @@ def tool(name: str) -> types.ModuleType:
 
 
 @pytest.mark.parametrize("method", sorted(ropex.methods()))
-def test_llama_cpp_gives_the_patched_logits(method: str) -> None:
+def test_llama_cpp_gives_the_patched_logits(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llama_cpp")
+    monkeypatch.syspath_prepend(ROOT / "tools" / "engines")
     gguf_logits = tool("gguf_logits")
-    row = gguf_logits.row(method, gguf_logits.OPTIONS.get(method, {"factor": gguf_logits.FACTOR}))
+    row = gguf_logits.row(method, gguf_logits.options_of(method, gguf_logits.TRAINED))
     assert row["error"] < 1e-4
     assert method == "none" or row["effect"] > 1
 

@@ -18,21 +18,15 @@ from typing import Any
 
 import gguf
 import torch
-from torch import Tensor, nn
+from methods import FACTOR, learn_something, options_of  # beside this file
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ropex
 from ropex.evaluation.results import environment, write_json
 
 ROOT = Path(__file__).parents[2]
-TRAINED, FACTOR, HEADS, KEY_HEADS, HEAD_DIM, VOCABULARY = 128, 4, 4, 2, 32, 96
-OPTIONS: dict[str, dict[str, Any]] = {
-    "abf": {"factor": FACTOR, "base": 80_000.0},
-    "none": {},
-    "drope": {},
-    "proportional": {"fraction": 0.5},
-    "dynamic_yarn": {"floor": FACTOR * TRAINED},
-}
+TRAINED, HEADS, KEY_HEADS, HEAD_DIM, VOCABULARY = 128, 4, 2, 32, 96
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -123,9 +117,7 @@ def row(method: str, options: dict[str, Any]) -> dict[str, Any]:
         write_gguf(model, source)
         plain = model(ids).logits[0]
         patch = ropex.patch(model, method, **options)
-        for name, parameter in model.named_parameters():
-            if ".learned." in name:
-                nn.init.normal_(parameter, std=0.02)
+        learn_something(model)
         patch.save(folder)
         freeze = {"length": ids.shape[1]} if patch.schedule.length_dependent or patch.schedule.learned else {}
         ropex.export(folder, "gguf", out, model=source, **freeze)
@@ -145,7 +137,7 @@ def main() -> None:
     asked = parser.parse_args()
     rows = {}
     for method in sorted(ropex.methods()):
-        rows[method] = row(method, OPTIONS.get(method, {"factor": FACTOR}))
+        rows[method] = row(method, options_of(method, TRAINED))
         print(method, json.dumps(rows[method]))
     stamp = {"environment": environment(torch.zeros(())), "llama_cpp_python": version("llama-cpp-python")}
     write_json(asked.out, {**stamp, "methods": rows})

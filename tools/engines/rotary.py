@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from methods import FACTOR, learn_something, options_of  # beside this file
 from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
@@ -36,15 +37,8 @@ import ropex
 from ropex.evaluation.results import environment, write_json
 
 ROOT = Path(__file__).parents[2]
-TRAINED, HEAD_DIM, FACTOR = 512, 64, 4
+TRAINED, HEAD_DIM = 512, 64
 FOLDERS = {"vllm": "vllm/model_executor/layers", "sglang": "sglang/srt/layers"}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "abf": {"factor": FACTOR, "base": 80_000.0},
-    "none": {},
-    "drope": {},
-    "proportional": {"fraction": 0.5},
-    "dynamic_yarn": {"floor": FACTOR * TRAINED},
-}
 # What is written otherwise than by its own name and defaults.
 BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn, amplitude 1.31": ("yarn", {"amplitude": 1.31}),
@@ -158,9 +152,7 @@ def rows(method: str, options: dict[str, Any], engines: dict[str, Any]) -> dict[
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     patch = ropex.patch(model, method, **options)
-    for name, parameter in model.named_parameters():
-        if ".learned." in name:
-            nn.init.normal_(parameter, std=0.02)
+    learn_something(model)
     reach = FACTOR * TRAINED
     freeze = {"length": reach} if patch.schedule.length_dependent or patch.schedule.learned else {}
     target = reach if freeze else patch.schedule.target_length(TRAINED)
@@ -197,7 +189,7 @@ def main() -> None:
         metadata = next(wheel.glob("*.dist-info/METADATA")).read_text(encoding="utf-8")
         versions[engine] = re.search(r"^Version: (.+)$", metadata, re.MULTILINE)[1]  # type: ignore[index]
     results = {}
-    wanted = {name: (name, OPTIONS.get(name, {"factor": FACTOR})) for name in sorted(ropex.methods())}
+    wanted = {name: (name, options_of(name, TRAINED)) for name in sorted(ropex.methods())}
     wanted |= {name: (method, {"factor": FACTOR, **options}) for name, (method, options) in BESIDE.items()}
     for name, (method, options) in wanted.items():
         results[name] = rows(method, options, engines)
