@@ -198,12 +198,12 @@ def words_beside(parameters: dict[str, Any], *, widened: bool = False) -> dict[s
     return {**beside, "original_max_position_embeddings": length} if counting else beside
 
 
-def own_configs(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """A copy of each config in the model, for every part of the model that refers to it by this attribute.
+def own_configs(model: nn.Module) -> list[tuple[nn.Module, str, Any, Any]]:
+    """Each config in the model and a copy of it, for every part of the model that refers to it by this attribute.
 
     Models built from one config object share it, and a patch of one must not show in the other.
     """
     memo: dict[int, Any] = {}  # keeps one copy of each, nested ones too
     names = ("config", "generation_config")
     configs = ((module, name, module.__dict__.get(name)) for module in model.modules() for name in names)
-    return [(module, name, copy.deepcopy(each, memo)) for module, name, each in configs if hasattr(each, "to_dict")]
+    return [(module, name, each, copy.deepcopy(each, memo)) for module, name, each in configs if hasattr(each, "to_dict")]

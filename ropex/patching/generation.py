@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "can_own",
+    "drop_hooks",
     "mark_cache",
     "note_reentrant",
     "owned_class",
@@ -110,13 +112,22 @@ def mark_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         if not torch.compiler.is_compiling():
             cache.ropex_tokens = getattr(cache, "ropex_tokens", 0) + (_tokens_given(args, kwargs) or 0)
             if hasattr(type(cache), "reset"):
-                cache.reset = functools.partial(_reset, cache)
+                cache.reset = _Reset(cache)
 
 
-def _reset(cache: Any) -> None:
-    """Empty a static cache, which transformers uses again, and what is noted on it."""
-    type(cache).reset(cache)
-    cache.ropex_tokens = 0
+class _Reset:
+    """Empties a static cache, which transformers uses again, and what is noted on it; it does not keep it alive."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = weakref.ref(cache)
+
+    def __call__(self) -> None:
+        cache = self._cache()
+        type(cache).reset(cache)
+        cache.ropex_tokens = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of the cache gets one of its own
+        return _Reset, (self._cache(),)
 
 
 def note_reentrant(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -129,6 +140,16 @@ def note_reentrant(module: nn.Module, args: tuple[Any, ...]) -> None:
     reentrant = any(getattr(each, "keywords", {}).get("use_reentrant", False) for each in functions)
     for patched in patched_in(module):
         patched.reentrant = reentrant and module.training
+
+
+def drop_hooks(module: nn.Module) -> None:
+    """Take the hooks of a patch from a module."""
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks, given_kwargs = getattr(module, kind), getattr(module, f"{kind}_with_kwargs")
+        for key, hook in list(hooks.items()):
+            if getattr(getattr(hook, "func", hook), "__module__", "").startswith("ropex.patching."):
+                hooks.pop(key, None)
+                given_kwargs.pop(key, None)
 
 
 def patched_in(module: nn.Module) -> list[PatchedRotary]:
@@ -243,14 +264,14 @@ def owned_class(base: Any) -> type[Any]:
 @contextmanager
 def _as_unpatched(patched: PatchedRotary) -> Iterator[int]:
     """While this lasts, the configs claim no more tokens than plain transformers would serve; gives that length."""
-    claims = [entry for entry in patched.undo if entry[1] in ("max_position_embeddings", "max_length")]
-    now = [getattr(target, name) for target, name, _, _ in claims]
-    for target, name, _, value in claims:
+    claims = [change for change in patched.changes if change[1] in ("max_position_embeddings", "max_length")]
+    now = [getattr(target, name) for target, name, *_ in claims]
+    for target, name, _, value, _ in claims:
         setattr(target, name, value)
     try:
         yield int(patched.config.max_position_embeddings)
     finally:
-        for (target, name, _, _), value in zip(claims, now, strict=True):
+        for (target, name, *_), value in zip(claims, now, strict=True):
             setattr(target, name, value)
 
 

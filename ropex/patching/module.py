@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ropex.kernels import Angles, table
 from ropex.patching.config import UnsupportedModelError
@@ -54,8 +53,9 @@ class PatchedRotary(nn.Module):
         self.layout = layout
         self.axes = axes
         self.angles = angles
-        self.hooks: list[RemovableHandle] = []
-        self.undo: list[tuple[Any, str, bool, Any]] = []
+        # Object, attribute, whether it was there, its value before and after; and configs before the model owned them.
+        self.changes: list[tuple[Any, str, bool, Any, Any]] = []
+        self.shared_configs: list[tuple[nn.Module, str, Any]] = []
         self.settings: dict[str, Any] = {}
         self.scaling: str | None = None
         self.written: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +16,12 @@ from ropex._checks import require_choice, require_int
 from ropex.kernels import Angles
 from ropex.patching import files
 from ropex.patching.config import own_configs
-from ropex.patching.detect import examine, find_patched
+from ropex.patching.detect import Spot, examine, find_patched
 from ropex.patching.dry import FirstPass
 from ropex.patching.generation import (
     Owned,
     can_own,
+    drop_hooks,
     mark_cache,
     note_reentrant,
     owned_class,
@@ -54,7 +56,11 @@ class Patch:
 
     def __init__(self, model: nn.Module, patched: PatchedRotary) -> None:
         self.model = model
-        self.rotary = patched
+        self._patched = patched
+
+    @property
+    def rotary(self) -> PatchedRotary:
+        return self._patched
 
     @property
     def schedule(self) -> FrequencySchedule:
@@ -101,10 +107,14 @@ class Patch:
         return stack
 
     def save(self, directory: str | Path) -> None:
-        """Write `ropex.json`, and `ropex.safetensors` with what the method has learned, for `ropex.load`.
+        """Write `ropex.json`, and beside it what the method has learned, for `ropex.load`.
+
+        An earlier save in the directory is replaced at one point in time: a reader, or a process that is killed, finds
+        the old one or the new one. Several processes may save to the same directory; they wait for each other.
 
         Raises:
             ValueError: the patch was removed, or its schedule is your own class, which no file can name.
+            OSError: the directory cannot be written; what was there is still there.
         """
         self._require_in_effect()
         files.save(self.model, directory)
@@ -148,7 +158,7 @@ def patch(
     """Extend a model's context window: replace its rotary embedding in place.
 
     Where the model rotates is found by looking, and probed before and after: a patch that would not take effect is an
-    error, and an error leaves the model as it was. Other models in the process are untouched. Angles are exact, the
+    error. An error or an interrupt (ctrl-C) leaves the model as it was. Other models in the process are untouched. Angles are exact, the
     rotation is float32 whatever the model's dtype, and the frequencies survive `.to(torch.bfloat16)` (what a learned
     method has learned is rounded with its weights).
 
@@ -193,8 +203,8 @@ def patch(
     return _patched(model, Wish(method, factor, length, options, settings), tokenizer)
 
 
-def _patched(model: nn.Module, wish: Wish, tokenizer: Any) -> Patch:
-    """Plan a patch and do it."""
+def _patched(model: nn.Module, wish: Wish, tokenizer: Any, finish: Callable[[], None] | None = None) -> Patch:
+    """Plan a patch and do it; what it ends with is part of it."""
     for name, choices in (("angles", Angles), ("precision", Precision), ("sliding", Sliding), ("on_scaled", OnScaled)):
         require_choice(name, wish.settings[name], get_args(choices))
     require_int("seed", wish.settings["seed"], minimum=0, remedy="pass the run's seed")
@@ -210,51 +220,119 @@ def _patched(model: nn.Module, wish: Wish, tokenizer: Any) -> Patch:
         raise ValueError(f"tokenizer={tokenizer!r}: must have a model_max_length; pass the model's tokenizer")
     with torch.device("cpu"):  # whatever the default device is
         plan = plan_for(model, examine(model, trained_length), wish)
-    return _apply(model, plan, tokenizer)
+    return _apply(model, plan, tokenizer, finish)
 
 
-def _apply(model: nn.Module, plan: Plan, tokenizer: Any) -> Patch:
-    """Do what was planned; whatever can fail comes first."""
+def _apply(model: nn.Module, plan: Plan, tokenizer: Any, finish: Callable[[], None] | None) -> Patch:
+    """Do what was planned, or leave the model as it was.
+
+    All is made ready first. Then the rotary module goes in, which notes what was there before; from there on
+    `_restore` finds whatever part of the patch is in the model.
+    """
     first = plan.rotaries[0]
     schedule = first.rope.schedule
     classes = [(module, rotating_class(swap)) for module, swap in plan.swaps]
     if schedule.length_dependent or plan.parameters is None:
         owned: list[Any] = [each for each in model.modules() if can_own(each) and not isinstance(each, Owned)]
         classes += [(module, owned_class(module.__class__)) for module in owned]
-    for patched in plan.rotaries:
+    for (_, _, training), patched in zip(plan.places, plan.rotaries, strict=True):
         patched.check()
+        patched.train(training)
     configs = own_configs(model)
-    if tokenizer is not None and tokenizer.model_max_length < plan.target:
-        before, tokenizer.model_max_length = tokenizer.model_max_length, plan.target
-        _TOKENIZERS[first] = (tokenizer, before)
-    # Nothing of the model has been changed so far, and nothing below can fail.
-    for module, name, config in configs:
-        module.__dict__[name] = config
-    for (owner, name, training), patched in zip(plan.places, plan.rotaries, strict=True):
-        setattr(owner, name, patched.train(training))
-    for target, name, value in list(plan.changes(model)):
-        first.undo.append((target, name, hasattr(target, name), getattr(target, name, None)))
-        setattr(target, name, value)
-    for module, name, value in plan.attributes:  # undone where they stand, so that copies of either part are whole
-        module.__dict__.setdefault("ropex_undo", {})[name] = getattr(module, name)
-        setattr(module, name, value)
-    for module, cls in classes:
-        swap_class(module, cls)
-    owner, hooks = plan.owner, first.hooks
-    if schedule.augments:
-        hooks.append(owner.register_forward_pre_hook(require_evaluation, with_kwargs=True))
-    if first.settings["precision"] == "float32":
-        hooks.append(owner.register_forward_pre_hook(require_growing_cache, with_kwargs=True))
-    if schedule.learned:
-        hooks.append(owner.register_forward_pre_hook(note_reentrant))
-    if schedule.length_dependent:
-        hooks.append(owner.register_forward_pre_hook(require_one_length, with_kwargs=True))
-        hooks.append(owner.register_forward_hook(mark_cache, with_kwargs=True))
-    if plan.unseen:
-        watch = FirstPass(frozenset(plan.unseen))
-        watch.watch(owner, plan.rotaries, plan.unseen)
-        hooks += watch.handles
+    changes = [
+        (target, name, hasattr(target, name), getattr(target, name, None), value)
+        for target, name, value in plan.changes(configs)
+    ]
+    first.changes, first.shared_configs = changes, [(module, name, before) for module, name, before, _ in configs]
+    attributes: dict[nn.Module, dict[str, Any]] = {}
+    for module, name, value in plan.attributes:
+        attributes.setdefault(module, {})[name] = value
+    if raises := tokenizer is not None and tokenizer.model_max_length < plan.target:
+        _TOKENIZERS[first] = (tokenizer, tokenizer.model_max_length)
+    try:
+        for (owner, name, _), patched in zip(plan.places, plan.rotaries, strict=True):
+            owner._modules[name] = patched
+        if raises:
+            tokenizer.model_max_length = plan.target
+        for module, name, _, config in configs:
+            module.__dict__[name] = config
+        for target, name, _, _, value in changes:
+            setattr(target, name, value)
+        for module, values in attributes.items():  # undone where they stand, so that copies of either part are whole
+            module.__dict__["ropex_undo"] = {name: getattr(module, name) for name in values}
+            for name, value in values.items():
+                setattr(module, name, value)
+        for module, cls in classes:
+            swap_class(module, cls)
+        _register_hooks(plan)
+        if finish is not None:
+            finish()
+        first.shared_configs = []
+    except BaseException:
+        _restore(model)
+        raise
     return Patch(model, first)
+
+
+def _register_hooks(plan: Plan) -> None:
+    """The hooks of the module that runs the layers; `_restore` knows them by where they are defined."""
+    first, owner = plan.rotaries[0], plan.owner
+    schedule = first.rope.schedule
+    if schedule.augments:
+        owner.register_forward_pre_hook(require_evaluation, with_kwargs=True)
+    if first.settings["precision"] == "float32":
+        owner.register_forward_pre_hook(require_growing_cache, with_kwargs=True)
+    if schedule.learned:
+        owner.register_forward_pre_hook(note_reentrant)
+    if schedule.length_dependent:
+        owner.register_forward_pre_hook(require_one_length, with_kwargs=True)
+        owner.register_forward_hook(mark_cache, with_kwargs=True)
+    if plan.unseen:
+        FirstPass(frozenset(plan.unseen)).watch(owner, plan.rotaries, plan.unseen)
+
+
+def _restore(model: nn.Module) -> None:
+    """Put back whatever a patch has changed, all of it or a part.
+
+    Each step may be done twice, and the note of what was there before goes last: where this is interrupted, it is
+    called again.
+    """
+    failures: list[Exception] = []
+    for module in [*model.modules()]:
+        drop_hooks(module)
+        for marker in (Rotating, Owned):
+            cls: Any = module.__class__
+            if issubclass(cls, marker):
+                swap_class(module, class_without(cls, marker))
+        for name, value in module.__dict__.get("ropex_undo", {}).items():
+            setattr(module, name, value)
+        module.__dict__.pop("ropex_undo", None)
+    for spot in sorted(find_patched(model), key=lambda spot: bool(spot.patched.changes)):
+        failures += _restore_spot(spot)
+    if failures:
+        raise failures[0]
+
+
+def _restore_spot(spot: Spot) -> list[Exception]:
+    """Put back a rotary module and what the patch's one notes; gives what a user's objects raised."""
+    patched, failures = spot.patched, []
+    before = [(target, name, existed, value) for target, name, existed, value, _ in reversed(patched.changes)]
+    if (noted := _TOKENIZERS.get(patched)) is not None:
+        before.append((noted[0], "model_max_length", True, noted[1]))
+    for target, name, existed, value in before:
+        try:
+            if not existed:
+                vars(target).pop(name, None)
+            elif getattr(target, name) is not value:
+                setattr(target, name, value)
+        except Exception as error:  # of a setter that is not ours; the rest is put back all the same
+            error.add_note(f"while ropex put back {name}={value!r} of {type(target).__name__}: set it by hand")
+            failures.append(error)
+    for module, name, config in patched.shared_configs:
+        module.__dict__[name] = config
+    spot.owner._modules[spot.name] = patched.original.train(patched.training)
+    _TOKENIZERS.pop(patched, None)
+    return failures
 
 
 def find_patch(model: nn.Module) -> Patch | None:
@@ -264,7 +342,7 @@ def find_patch(model: nn.Module) -> Patch | None:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Remove a patch and put everything back, bit for bit.
+    """Remove a patch and put everything back, bit for bit; an interrupt (ctrl-C) is raised once that is done.
 
     Raises:
         ValueError: the model is not patched.
@@ -275,24 +353,11 @@ def unpatch(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} is not patched: must carry a ropex patch; call ropex.patch(model) first"
         )
-    for spot in spots:
-        for hook in spot.patched.hooks:
-            hook.remove()
-        for target, name, existed, value in reversed(spot.patched.undo):
-            if existed:
-                setattr(target, name, value)
-            elif name in vars(target):
-                delattr(target, name)
-        if (tokenizer := _TOKENIZERS.pop(spot.patched, None)) is not None:
-            tokenizer[0].model_max_length = tokenizer[1]
-        setattr(spot.owner, spot.name, spot.patched.original.train(spot.patched.training))
-    for module in [*model.modules()]:
-        for name, value in module.__dict__.pop("ropex_undo", {}).items():
-            setattr(module, name, value)
-        for marker in (Rotating, Owned):
-            cls: Any = module.__class__
-            if issubclass(cls, marker):
-                swap_class(module, class_without(cls, marker))
+    try:
+        _restore(model)
+    except BaseException:
+        _restore(model)  # what interrupted it is told once all is put back
+        raise
 
 
 def load(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> Patch:
@@ -311,10 +376,5 @@ def load(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> P
     settings = {"trained_length": None, **saved.settings, "data_rank": None}
     if settings["on_scaled"] == "error":
         settings["on_scaled"] = "replace"  # the model may come from where the config says what the patch did
-    made = _patched(model, Wish(saved.schedule, None, None, {}, settings, loading=True), tokenizer)
-    try:
-        files.restore(model, saved)
-    except Exception:
-        made.remove()
-        raise
-    return made
+    wish = Wish(saved.schedule, None, None, {}, settings, loading=True)
+    return _patched(model, wish, tokenizer, lambda: files.restore(model, saved))

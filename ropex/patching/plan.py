@@ -56,21 +56,22 @@ class Plan:
     attributes: tuple[tuple[nn.Module, str, Any], ...]
     unseen: dict[str, nn.Module]
 
-    def changes(self, model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
-        """Object, attribute and new value of all else that changes; asked once the model owns its configs."""
+    def changes(self, configs: list[tuple[nn.Module, str, Any, Any]]) -> Iterator[tuple[Any, str, Any]]:
+        """Object, attribute and new value of all else that changes, in the copies that `own_configs` gives."""
         first = self.rotaries[0]
-        configs = {id(config): config for patched in self.rotaries if (config := patched.original.config)}
-        for config in configs.values():
-            before = config.max_position_embeddings  # type: ignore[union-attr]
+        copies = {id(before): config for _, _, before, config in configs}
+        texts = {id(config): copies[id(config)] for patched in self.rotaries if (config := patched.original.config)}
+        generations = {id(config): config for _, name, _, config in configs if name == "generation_config"}
+        for config in texts.values():
+            before = config.max_position_embeddings
             yield config, "ropex", {"trained_length": first.stated_length, **_described(first.rope.schedule)}
             yield config, "max_position_embeddings", self.target
             for key, value in self.parameters[1].items() if self.parameters is not None else ():
                 yield config, key, value
             if first.rope.schedule.length_dependent:  # which a generation up to that length would be pinned to
                 continue
-            for module in model.modules():
-                generation = module.__dict__.get("generation_config")
-                if generation is not None and generation.max_length == before:
+            for generation in generations.values():
+                if generation.max_length == before:
                     yield generation, "max_length", self.target
 
 

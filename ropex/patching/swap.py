@@ -65,10 +65,12 @@ def _new(swap: Swap) -> Any:
 def swap_class(module: nn.Module, cls: type[Any]) -> None:
     """Make a module an instance of a class that is generated from its own, or of its own again."""
     # accelerate's hooks keep the forward that they wrap on the instance: theirs follows the class.
-    for name in ("_old_forward", "forward"):
-        bound = vars(module).get(name)
-        if getattr(bound, "__func__", None) is type(module).forward:
-            setattr(module, name, types.MethodType(cls.forward, module))
+    bound = ((name, vars(module).get(name)) for name in ("_old_forward", "forward"))
+    follow = [name for name, method in bound if getattr(method, "__func__", None) is type(module).forward]
+    if issubclass(cls, type(module)):  # so that an interrupt leaves the generated class with the other's forward
+        module.__class__ = cls
+    for name in follow:
+        module.__dict__[name] = types.MethodType(cls.forward, module)
     module.__class__ = cls
 
 
