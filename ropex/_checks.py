@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["describe", "require_bool", "require_choice", "require_dim", "require_int", "require_number"]
+__all__ = [
+    "LONGEST",
+    "describe",
+    "first_line",
+    "require_bool",
+    "require_choice",
+    "require_dim",
+    "require_int",
+    "require_length",
+    "require_number",
+]
+
+LONGEST = 2**28  # tokens, the longest context length that is taken for meant
 
 
 def require_number(
@@ -22,13 +34,30 @@ def require_number(
         if (value > minimum or (value == minimum and not strict)) and value <= maximum:
             return
     required = f"{'>' if strict else '>='} {minimum:g}{f' and <= {maximum:g}' if maximum < math.inf else ''}"
-    raise ValueError(f"{name}={value!r}: must be a finite number {required}; {remedy}")
+    raise ValueError(f"{name}={_shown(value)}: must be a finite number {required}; {remedy}")
 
 
-def require_int(name: str, value: object, *, minimum: int, remedy: str) -> None:
-    """Raise `ValueError` unless `value` is an int that is >= `minimum`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}={value!r}: must be an int >= {minimum}; {remedy}")
+def require_int(name: str, value: object, *, minimum: int, maximum: int = 2**63 - 1, remedy: str) -> None:
+    """Raise `ValueError` unless `value` is an int >= `minimum` and <= `maximum`, at most what an int64 holds."""
+    if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum:
+        return
+    beyond = isinstance(value, int) and value > maximum
+    raise ValueError(
+        f"{name}={_shown(value)}: must be an int >= {minimum}{f' and <= {maximum}' if beyond else ''}; {remedy}"
+    )
+
+
+def require_length(
+    name: str, value: object, *, minimum: int = 1, remedy: str = "pass a context length in tokens"
+) -> None:
+    """Raise `ValueError` unless `value` is a context length in tokens that a machine may hold."""
+    require_int(name, value, minimum=minimum, maximum=LONGEST, remedy=remedy)
+
+
+def _shown(value: object) -> str:
+    """A value in a message; Python refuses to write integers of more than 4,300 digits."""
+    huge = isinstance(value, int) and value.bit_length() > 10_000
+    return f"a number of {value.bit_length()} bits" if huge else repr(value)  # type: ignore[attr-defined]
 
 
 def require_dim(value: object) -> None:
@@ -55,3 +84,8 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 def describe(x: Tensor) -> str:
     """A tensor in an error message: its dtype and shape."""
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else says, in a line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

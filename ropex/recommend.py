@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ropex._checks import require_int
+from ropex._checks import require_length
 from ropex.rotation import Geometry
 from ropex.scaling import FrequencySchedule, schedule
 
@@ -45,7 +45,7 @@ def recommend(geometry: Geometry, length: int) -> Recommendation:
     """
     if not isinstance(geometry, Geometry):
         raise ValueError(f"geometry of the type {type(geometry).__name__}: must be one; pass inspect(model).geometry")
-    require_int("length", length, minimum=1, remedy="pass the target length in tokens")
+    require_length("length", length, remedy="pass the target length in tokens")
     trained = geometry.trained_length
     if length <= trained:
         return Recommendation(

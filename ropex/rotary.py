@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ropex._checks import describe, require_int
+from ropex._checks import describe, require_int, require_length
 from ropex.draws import sample_keys
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling import FrequencySchedule
@@ -121,7 +121,7 @@ class RotaryEmbedding(nn.Module):
                 each, one after the other. None: `length` holds for all.
         """
         if length is not None:
-            require_int("length", length, minimum=1, remedy="pass the tokens of the prompt plus those to be generated")
+            require_length("length", length, remedy="pass the tokens of the prompt plus those to be generated")
         self.pinned_length = length
         self._kept = None
         if rows is None and self.pinned.dim() == 0:

@@ -107,7 +107,7 @@ def test_a_finished_cell_is_never_measured_again(tmp_path: Path, monkeypatch: py
     compare_methods(model, more, documents=[TOKENS, TOKENS.flip(0)], bins=EDGES, cells=cells)
     assert len(calls) == 5, "yarn on the first document, all four on the second"
     with pytest.raises(ValueError, match=r"holds parts of another measurement \(model '.*', now '.*'\); pass another"):
-        compare_methods(tiny_model("llama", seed=1), SCHEDULES, documents=[TOKENS], bins=EDGES, cells=cells)
+        compare_methods(tiny_model("mistral"), SCHEDULES, documents=[TOKENS], bins=EDGES, cells=cells)
     other_base = tiny_model("llama", rope_theta=123_456.0)
     other_base.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match=r"holds parts of another measurement"):
@@ -115,6 +115,28 @@ def test_a_finished_cell_is_never_measured_again(tmp_path: Path, monkeypatch: py
     cells.write_text("{")
     with pytest.raises(ValueError, match=r"must hold the finished parts of a measurement; remove it or pass another"):
         compare_methods(model, SCHEDULES, documents=[TOKENS], bins=EDGES, cells=cells)
+
+
+def test_edited_weights_are_measured_anew(tmp_path: Path) -> None:
+    """As model editing and pruning make them: a few neurons, rows of an embedding, a buffer; and back again."""
+    model, cells = tiny_model("llama"), tmp_path / "cells.json"
+    model.register_buffer("shift", torch.zeros(3))
+
+    def numbers(cells: Path | None) -> Any:
+        return compare_methods(model, SCHEDULES, documents=[TOKENS], bins=EDGES, cells=cells)["perplexity"]["results"]
+
+    before = numbers(cells)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[:, 1:9] *= 4
+    edited = numbers(cells)
+    assert edited["none"]["nll"] == numbers(None)["none"]["nll"] != before["none"]["nll"]
+    assert numbers(cells) == edited, "seconds included"
+    model.shift[1] = 1
+    assert numbers(cells)["none"]["seconds"] != edited["none"]["seconds"]
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[:, 1:9] /= 4
+    model.shift[1] = 0
+    assert numbers(cells) == before, "nothing was lost"
 
 
 def test_what_changes_the_numbers_is_measured_again(tmp_path: Path) -> None:
@@ -194,7 +216,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_numbers(tmp_path: Path) -> None
     assert killed["retrieval"] == whole["retrieval"]
     for file in ("perplexity.png", "passkey.png", "retrieval.csv"):
         assert (tmp_path / "killed" / file).is_file()
-    assert not list((tmp_path / "killed").glob("*.partial"))
+    assert not list((tmp_path / "killed").glob(".ropex*"))
 
 
 def test_a_result_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,14 +228,17 @@ def test_a_result_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest
             half.write('{"a"')
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_text", fail)
     store = Cells(file.with_name("cells.json"), {})
+    monkeypatch.setattr(Path, "write_text", fail)
     with pytest.raises(OSError, match="no space left"):
         write_json(file, {"a": 2})
     with pytest.raises(OSError, match="no space left"):
         store.get("x", lambda: 1)
+    with pytest.raises(OSError, match="no space left"):
+        Cells(tmp_path / "other.json", {})
     assert json.loads(file.read_text()) == {"a": 1}
-    assert not (tmp_path / "cells.json").exists()
+    assert json.loads((tmp_path / "cells.json").read_text()) == {"about": {}, "cells": {}}
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["cells.json", "result.json"]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_schedule_with_an_impossible_target() -> None:
             return float("inf")
 
     model = tiny_model("llama")
-    message = r"target_length=inf: must be an int >= 1; mend Endless\.target_length"
+    message = r"target_length=inf: must be an int >= 1; pass a smaller factor or length, or mend Endless\.target_length"
     refuses(model, ValueError, message, lambda: ropex.patch(model, Endless()))
 
 

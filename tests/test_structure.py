@@ -24,6 +24,7 @@ REPOSITORY = ROOT.parent
 # Imports point strictly down, and scaling and kernels never meet.
 LAYERS = {
     "_checks": -2,
+    "_disk": -2,
     "_version": -2,
     "rotation": -1,
     "draws": 0,

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import ropex
-from ropex._checks import require_choice, require_int, require_number
+from ropex._checks import require_choice, require_int, require_length, require_number
 from ropex.cli.console import split
 from ropex.evaluation import tasks
 from ropex.evaluation.compare import TRUNCATED
@@ -89,7 +89,7 @@ class Job:
                 f"text={self.text!r} and dataset={self.dataset!r}: must be one of them; leave out the other"
             )
         if self.length:
-            require_int("length", self.length, minimum=2, remedy="pass the tokens of each document")
+            require_length("length", self.length, minimum=2, remedy="pass the tokens of each document")
             edges = bin_edges(self.bins, self.length)
             require_stride(self.protocol, self.stride, edges[1])
         elif not self.tasks:
@@ -97,7 +97,7 @@ class Job:
         if self.tasks and not self.lengths:
             raise ValueError("tasks without lengths: must have both; pass --lengths such as 4096,8192")
         for length in self.lengths:
-            require_int("lengths", length, minimum=2, remedy="pass tokens, such as 4096,8192")
+            require_length("lengths", length, minimum=2, remedy="pass tokens, such as 4096,8192")
         self.device = _device(self.device)
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 import ropex
-from ropex._checks import require_number
+from ropex._checks import LONGEST, require_number
 from ropex.cli.console import app, clear_errors, out, say, split
 from ropex.evaluation.loading import load_empty_model
 from ropex.evaluation.wavelengths import plot_wavelengths
@@ -105,7 +105,8 @@ def _methods_table(names: list[str]) -> Table:
 def _plot_methods(path: Path, names: list[str], factor: float, geometry: Geometry) -> None:
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"plot={str(path)!r}: must end in .png or .svg; pass such a file")
-    require_number("factor", factor, minimum=1, maximum=2**40 / geometry.trained_length, remedy="pass a smaller factor")
+    largest = LONGEST / geometry.trained_length
+    require_number("factor", factor, minimum=1, maximum=largest, remedy="pass a smaller factor")
     length = round(factor * geometry.trained_length)
     schedules = {}
     for name in dict.fromkeys(("none", *names)):

@@ -18,7 +18,7 @@ from ropex._version import __version__
 from ropex.evaluation.documents import Document, as_documents
 from ropex.evaluation.losses import Progress, vocabulary_size
 from ropex.evaluation.perplexity import PerplexityByLength, Protocol, bin_edges, perplexity_by_length
-from ropex.evaluation.results import Cells, environment, fingerprint
+from ropex.evaluation.results import Cells, contents, environment, fingerprint
 from ropex.evaluation.retrieval import Record, RetrievalResult, Scoring, ask, find_task
 from ropex.evaluation.tasks import Sample, Task
 from ropex.patching import OnScaled, depends_on_length, inspect, patch
@@ -125,7 +125,9 @@ def compare_methods(
     inspection = inspect(model)
     methods = [_Method(name, schedule, None, on_scaled) for name, schedule in schedules.items()]
     methods.append(_Method(TRUNCATED, None, inspection.length, on_scaled))
-    store = Cells(None if cells is None else Path(cells), {"model": fingerprint(model), "ropex": __version__})
+    about = {"model": fingerprint(model), "ropex": __version__}
+    state = "" if cells is None else f", weights and tokenizer {contents(model, tokenizer)}"
+    store = Cells(None if cells is None else Path(cells), about, state)
     edges = bin_edges(bins, min(map(len, found))) if found else []
     digests = [_document_digest(document) for document in found]
     perplexity = {

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ropex._checks import describe, require_int
+from ropex._checks import describe, first_line, require_int, require_length
 
-__all__ = ["Document", "as_documents", "bos_of", "documents"]
+__all__ = ["Document", "TextFile", "as_documents", "bos_of", "documents"]
+
+_FIRST = 4096  # characters of a text that are read first
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +54,45 @@ class Document:
         return torch.cat((tokens.new_tensor([self.bos]), tokens[1:]))
 
 
+class TextFile:
+    """A UTF-8 text file, of any size: read as far as it is needed.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: no file that can be read, an empty one, or one that is not UTF-8 text.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.suffix.lower() in (".jsonl", ".ndjson"):
+            raise ValueError(
+                f"text {str(path)!r}: must be plain text, and JSON lines hold texts in a column; pass --dataset with "
+                "its directory"
+            )
+        if not self.start(_FIRST).strip() and not self.start(None).strip():
+            raise ValueError(f"text {str(path)!r}: must not be empty; pass a file with text in it")
+
+    def start(self, count: int | None) -> str:
+        """The first characters; None: all."""
+        try:
+            with self.path.open(encoding="utf-8-sig", newline=None) as file:  # a byte order mark is no text
+                text = file.read(count)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text {str(self.path)!r}: must be UTF-8 text, {first_line(error)}; convert it") from error
+        except OSError as error:
+            raise ValueError(f"text {str(self.path)!r}: must be a readable text file; {error.strerror}") from error
+        if "\0" in text:
+            raise ValueError(
+                f"text {str(self.path)!r}: must be UTF-8 text, and it holds zero bytes, as UTF-16 and other binary "
+                "files do; convert it"
+            )
+        return text
+
+
 def documents(
-    texts: str | Iterable[str],
+    texts: str | TextFile | Iterable[str | TextFile],
     tokenizer: Any,
     *,
     length: int | None = None,
@@ -61,7 +102,7 @@ def documents(
     """Texts as documents for measuring, each by itself.
 
     Args:
-        texts: one text, or several.
+        texts: one text, or several; each is read and tokenised as far as the documents need it.
         tokenizer: of transformers. BOS is put in front where the tokenizer itself does so, and nowhere else.
         length: cut each text into consecutive documents of so many tokens, BOS included; a rest that is shorter is
             left out, and so is a text that is. None: each text is one document.
@@ -74,43 +115,68 @@ def documents(
     Example:
         >>> documents(open("book.txt").read(), tokenizer, length=16384)  # doctest: +SKIP
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    for name, value in (("length", length), ("limit", limit)):
-        if value is not None:
-            require_int(name, value, minimum=2 if name == "length" else 1, remedy="pass a number of them, or None")
-    if not texts:
+    found = [texts] if isinstance(texts, str | TextFile) else list(texts)
+    if length is not None:
+        require_length("length", length, minimum=2, remedy="pass the tokens of a document, or None")
+    if limit is not None:
+        require_int("limit", limit, minimum=1, remedy="pass a number of documents, or None")
+    if not found:
         raise ValueError("texts=[]: must hold at least one text; pass one")
-    if names and len(names) != len(texts):
-        raise ValueError(f"{len(names)} names for {len(texts)} texts: must be as many; pass one for each, or none")
+    if names and len(names) != len(found):
+        raise ValueError(f"{len(names)} names for {len(found)} texts: must be as many; pass one for each, or none")
+    names = names or [f"text {i}" for i in range(len(found))]
     bos = bos_of(tokenizer)
-    pieces: list[list[Document]] = []
-    longest = 0
-    for i, text in enumerate(texts):
-        name = names[i] if names else f"text {i}"
-        if not text.strip():
-            raise ValueError(f"{name}: must not be empty; pass a text with words in it")
-        tokens, counts = _encoded(text, tokenizer)
-        longest = max(longest, len(tokens) + (bos is not None))
-        size = len(tokens) if length is None else length - (bos is not None)
-        starts = range(0, len(tokens) - size + 1, size)
-        pieces.append(
-            [
-                _document(
-                    tokens[start : start + size],
-                    None if counts is None else counts[start : start + size],
-                    bos,
-                    name if length is None else f"{name}, tokens {start}-{start + size}",
-                )
-                for start in starts
-            ]
-        )
-    if not any(pieces):
+    pieces = [_pieces(text, name, tokenizer, length, bos) for text, name in zip(found, names, strict=True)]
+    rounds = itertools.zip_longest(*pieces)
+    taken = [*itertools.islice((each for in_turn in rounds for each in in_turn if each is not None), limit)]
+    if not taken:
+        longest = max(len(_encoded(_whole(text), tokenizer)[0]) for text in found) + (bos is not None)
         raise ValueError(
             f"length={length}: the longest text has only {longest} tokens; pass a longer text or a smaller length"
         )
-    rounds = max(len(of_text) for of_text in pieces)
-    in_turn = [of_text[i] for i in range(rounds) for of_text in pieces if i < len(of_text)]
-    return in_turn[:limit]
+    return taken
+
+
+def _whole(text: str | TextFile) -> str:
+    return text if isinstance(text, str) else text.start(None)
+
+
+def _pieces(text: str | TextFile, name: str, tokenizer: Any, length: int | None, bos: int | None) -> Iterator[Document]:
+    """A text's documents, one after the other."""
+    if isinstance(text, str) and (not text or text.isspace()):
+        raise ValueError(f"{name}: must not be empty; pass a text with words in it")
+    if length is None:
+        yield _document(*_encoded(_whole(text), tokenizer), bos, name)
+        return
+    start, size = 0, length - (bos is not None)
+    for tokens, counts in _growing(text, tokenizer, size):
+        while start + size <= len(tokens):
+            part = slice(start, start + size)
+            told = None if counts is None else counts[part]
+            yield _document(tokens[part], told, bos, f"{name}, tokens {start}-{start + size}")
+            start += size
+
+
+def _growing(text: str | TextFile, tokenizer: Any, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The first tokens of a text, each time about twice as many, and all of them in the end.
+
+    How a text goes on decides only how its last words are cut into tokens. So the tokens that are given are those that
+    the text has, too, where it is half as long again.
+    """
+    characters = max(_FIRST, 4 * size)
+    while True:
+        start = text[: characters * 3 // 2] if isinstance(text, str) else text.start(characters * 3 // 2)
+        whole = len(start) < characters * 3 // 2
+        tokens, counts = _encoded(start, tokenizer)
+        if whole:
+            yield tokens, counts
+            return
+        shorter, _ = _encoded(start[:characters], tokenizer)
+        both = min(len(shorter), len(tokens))
+        differs = (shorter[:both] != tokens[:both]).nonzero()
+        certain = int(differs[0]) if len(differs) else both
+        yield tokens[:certain], None if counts is None else counts[:certain]
+        characters *= 2
 
 
 def bos_of(tokenizer: Any) -> int | None:

@@ -6,14 +6,16 @@ import hashlib
 import importlib.util
 import itertools
 import math
-import shutil
-import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from ropex._checks import first_line
+from ropex._disk import unfinished_folder
+from ropex.evaluation.documents import TextFile
 from ropex.patching import empty_model
 from ropex.patching.config import rope_parameters, with_parameters
 
@@ -64,7 +66,7 @@ def load_model(name: str | None = None, *, dtype: torch.dtype = torch.float32, d
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except Exception as error:  # a broken directory can fail in as many ways as there are files in it
         where = "directory" if path.exists() else "neither a local path nor a model that the hub gave"
-        raise ValueError(f"model {name!r} ({where}) cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model {name!r} ({where}) cannot be loaded: {first_line(error)}") from error
     return LoadedModel(model.to(device).eval(), tokenizer, title)
 
 
@@ -80,7 +82,7 @@ def load_empty_model(directory: Path) -> Any:
 
 
 class Texts(NamedTuple):
-    texts: list[str]
+    texts: Sequence[str | TextFile]
     names: list[str]
     title: str
 
@@ -93,20 +95,20 @@ def load_texts(path: Path | None = None) -> Texts:
             as `pydoc_data.topics`.
 
     Raises:
-        ValueError: no such file, an empty one or one that is not UTF-8 text, or a directory without files.
+        ValueError: no such file, an empty one or one that does not begin as UTF-8 text, or a directory without files.
     """
     if path is None:
         from pydoc_data import topics
 
         return Texts(["\n\n".join(topics.topics.values())], ["pydoc_data.topics"], "pydoc_data.topics")
     if not path.is_dir():
-        return Texts([_read(path)], [path.name], path.name)
+        return Texts([TextFile(path)], [path.name], path.name)
     found = [each for each in sorted(path.rglob("*")) if each.is_file()]
     names = [each.relative_to(path) for each in found]
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     if not names:
         raise ValueError(f"text {str(path)!r}: must hold text files; pass a directory that does, or a file")
-    return Texts([_read(path / name) for name in names], [str(name) for name in names], path.resolve().name)
+    return Texts([TextFile(path / name) for name in names], [str(name) for name in names], path.resolve().name)
 
 
 def load_dataset_texts(name: str, *, split: str = "test", column: str = "text", limit: int = 1000) -> Texts:
@@ -136,29 +138,12 @@ def load_dataset_texts(name: str, *, split: str = "test", column: str = "text", 
                 raise ValueError(f"it has the columns {', '.join(row)}, not {column}")
             texts.append(row[column])
     except Exception as error:  # of the hub, of files, of formats
-        raise ValueError(f"dataset {name!r}, split {split!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"dataset {name!r}, split {split!r} cannot be loaded: {first_line(error)}") from error
     chosen = [(i, text) for i, text in enumerate(texts) if isinstance(text, str) and text.strip()]
     if not chosen:
         raise ValueError(f"dataset {name!r}, split {split!r}: must hold texts in the column {column!r}; pass another")
     title = f"{Path(place).name if Path(place).exists() else name} {split}"
     return Texts([text for _, text in chosen], [f"row {i}" for i, _ in chosen], title)
-
-
-def _read(path: Path) -> str:
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        raise ValueError(
-            f"text {str(path)!r}: must be plain text, and JSON lines hold texts in a column; pass --dataset with its "
-            "directory"
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text {str(path)!r}: must be UTF-8 text, {_first_line(error)}; convert it") from error
-    except OSError as error:
-        raise ValueError(f"text {str(path)!r}: must be a readable text file; {error.strerror}") from error
-    if not text.strip():
-        raise ValueError(f"text {str(path)!r}: must not be empty; pass a file with text in it")
-    return text
 
 
 def _default_gguf() -> Path:
@@ -198,25 +183,24 @@ def _converted(gguf: Path) -> Path:
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     place = {"gguf_file": gguf.name}
     cached.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{cached.name}.", dir=cached.parent))
     try:
-        AutoTokenizer.from_pretrained(gguf.parent, **place).save_pretrained(unfinished)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **place, **dense)
-        if scaling:  # which transformers leaves in the file
-            parameters = {"rope_theta": rope_parameters(model.config)["rope_theta"], **scaling}
-            trained = scaling.get("original_max_position_embeddings", model.config.max_position_embeddings)
-            for key, value in with_parameters(model.config, parameters, None, trained).items():
-                setattr(model.config, key, value)
-        model.save_pretrained(unfinished)
-        try:
-            unfinished.rename(cached)
-        except OSError:
-            if not cached.is_dir():  # else another process was faster, with the same result
-                raise
+        with unfinished_folder(cached.parent) as made:
+            unfinished = made / "model"
+            AutoTokenizer.from_pretrained(gguf.parent, **place).save_pretrained(unfinished)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **place, **dense)
+            if scaling:  # which transformers leaves in the file
+                parameters = {"rope_theta": rope_parameters(model.config)["rope_theta"], **scaling}
+                trained = scaling.get("original_max_position_embeddings", model.config.max_position_embeddings)
+                for key, value in with_parameters(model.config, parameters, None, trained).items():
+                    setattr(model.config, key, value)
+            model.save_pretrained(unfinished)
+            try:
+                unfinished.rename(cached)
+            except OSError:
+                if not cached.is_dir():  # else another process was faster, with the same result
+                    raise
     except Exception as error:
-        raise ValueError(f"model {str(gguf)!r} cannot be converted: {_first_line(error)}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ValueError(f"model {str(gguf)!r} cannot be converted: {first_line(error)}") from error
     return cached
 
 
@@ -235,7 +219,7 @@ def _gguf_scaling(path: Path) -> dict[str, Any]:
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError) as error:
-        raise ValueError(f"model {str(path)!r}: must be a whole GGUF file: {_first_line(error)}") from error
+        raise ValueError(f"model {str(path)!r}: must be a whole GGUF file: {first_line(error)}") from error
     said = {name.partition(".rope.")[2]: field.contents() for name, field in reader.fields.items() if ".rope." in name}
     context = next((f.contents() for name, f in reader.fields.items() if name.endswith(".context_length")), None)
     divisors = [tensor.data.tolist() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
@@ -269,7 +253,3 @@ def _gguf_scaling(path: Path) -> dict[str, Any]:
         betas = {key: float(said[name]) for key, name in names.items() if name in said}
         return {"rope_type": "yarn", "factor": factor, "attention_factor": amplitude, **betas, **original}
     return {}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -247,7 +247,7 @@ def bin_edges(bins: int | Sequence[int], length: int) -> list[int]:
     """The edges of `bins` bins over `length` tokens, or the ones given, checked."""
     if isinstance(bins, int):
         require_int("bins", bins, minimum=1, remedy="pass the number of bins, or their edges")
-        edges = [round(i * length / bins) for i in range(bins + 1)]
+        edges = [round(i * length / bins) for i in range(min(bins, length) + 1)]  # more bins than tokens are refused
     else:
         edges = list(bins) if isinstance(bins, Sequence) else []
     if not all(isinstance(edge, int) for edge in edges):

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot_perplexity", "plot_retrieval"]
+from ropex._disk import writing
+
+__all__ = ["plot_perplexity", "plot_retrieval", "save_figure"]
+
+
+def save_figure(figure: Any, path: Path, *, dpi: int) -> None:
+    """Write a picture so that it is never seen half written, in the format that its name ends with."""
+    with writing(path.parent) as put:
+        put(path.name, lambda partial: figure.savefig(partial, dpi=dpi, format=path.suffix[1:]))
 
 
 def plot_perplexity(path: Path, result: Mapping[str, Any]) -> None:
@@ -48,7 +56,7 @@ def plot_perplexity(path: Path, result: Mapping[str, Any]) -> None:
     axes.tick_params(axis="y", which="minor", labelsize="small")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def plot_retrieval(path: Path, grids: Mapping[str, Mapping[tuple[int, float], float]], *, title: str) -> None:
@@ -84,4 +92,4 @@ def plot_retrieval(path: Path, grids: Mapping[str, Mapping[tuple[int, float], fl
     figure.supxlabel("length (tokens)", size="small")
     figure.supylabel("depth", size="small")
     figure.suptitle(title, size="medium")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
+import itertools
 import json
 import platform
 import subprocess
@@ -17,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ropex._disk import write_text, writing
 from ropex._version import __version__
 
-__all__ = ["Cells", "environment", "fingerprint", "write_csv", "write_json"]
+__all__ = ["Cells", "contents", "environment", "fingerprint", "write_csv", "write_json"]
 
 
 def environment(parameter: Tensor | None = None) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def environment(parameter: Tensor | None = None) -> dict[str, Any]:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result so that the file is never seen half written."""
-    _write(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -53,46 +56,125 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(path, text.getvalue())
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text.getvalue())
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's config and of its weights, by some of each, their dtype and device."""
+    """A short hash of a model's config, and of the names, shapes, dtypes and devices of its weights and buffers."""
     config = getattr(model, "config", None)
     digest = hashlib.sha256(b"" if config is None else config.to_json_string(use_diff=False).encode())
-    for name, parameter in model.named_parameters():
-        sample = parameter.detach().flatten()[:: max(parameter.numel() // 64, 1)].to("cpu", torch.float64)
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {parameter.device.type} ".encode())
-        digest.update(sample.numpy().tobytes())
+    digest.update(str(getattr(config, "_attn_implementation", None)).encode())
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {tensor.device.type} ".encode())
     return digest.hexdigest()[:16]
+
+
+def contents(model: nn.Module, tokenizer: Any = None) -> str:
+    """A hash of all weights and buffers of a model, on all ranks, and of its tokenizer.
+
+    Every byte is read once; `docs/reliability.md` says how long that takes.
+    """
+    digest = hashlib.sha256()
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor = getattr(tensor, "to_local", lambda tensor=tensor: tensor)().detach().to("cpu").contiguous()
+        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    if tokenizer is not None:
+        digest.update(_described(tokenizer).encode())
+    if _distributed():
+        digests: list[str] = [""] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(digests, digest.hexdigest())
+        return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    return digest.hexdigest()[:16]
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _described(tokenizer: Any) -> str:
+    """All that decides which ids a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    for per_call in ("truncation", "padding"):  # which each call sets
+        rules.pop(per_call, None)
+    special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
+    return json.dumps([type(tokenizer).__name__, rules, special], sort_keys=True)
 
 
 class Cells:
     """Finished parts of a measurement, in a file that is written anew after each.
 
+    Several processes may measure into one file: each keeps what the others have finished, and measures nothing that
+    it finds finished. Among the ranks of `torch.distributed` the first one reads and writes, and the others wait.
+
     Args:
-        path: of the file; None keeps them in memory alone.
+        path: of the file; None keeps them in memory alone. It is written at once, so that a place that cannot be
+            written is found before the first measurement.
         about: what all parts have in common.
+        state: what the parts at hand are measured in, such as a digest of the weights; those of another are kept, and
+            measured anew.
 
     Raises:
         ValueError: the file is about something else, or no such file.
+        OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, about: Mapping[str, Any], state: str = "") -> None:
         self._path = path
         self._about = dict(about)
+        self._state = state
         self._finished: dict[str, Any] = {}
-        if path is None or not path.exists():
+        if path is not None:
+            self._on_first_rank(self._write)
+
+    def __contains__(self, key: str) -> bool:
+        return key + self._state in self._finished
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        """The finished part of this name, measured now if there is none."""
+        key += self._state
+        if key not in self._finished and self._path is not None:
+            self._on_first_rank(self._read)  # another process may have finished it
+        if key not in self._finished:
+            self._finished[key] = measure()
+            if self._path is not None:
+                self._on_first_rank(self._write)
+        return self._finished[key]
+
+    def _on_first_rank(self, do: Callable[[Path], None]) -> None:
+        """Do it on the first rank, and have what it found, or its error, on all."""
+        path = self._path
+        assert path is not None
+        if not _distributed():
+            do(path)
+            return
+        outcome: list[Any] = [None, None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                do(path)
+            except Exception as error:
+                outcome[1] = error
+            outcome[0] = self._finished
+        torch.distributed.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        self._finished = outcome[0]
+
+    def _write(self, path: Path) -> None:
+        """Write what is finished here and what is finished in the file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path.parent) as put:
+            self._read(path)
+            text = json.dumps({"about": self._about, "cells": self._finished}, indent=2, allow_nan=False) + "\n"
+            put(path.name, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+
+    def _read(self, path: Path) -> None:
+        """Take what is finished in the file."""
+        if not path.exists():
             return
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
-            before, self._finished = known["about"], dict(known["cells"])
+            before, finished = known["about"], dict(known["cells"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{str(path)!r}: must hold the finished parts of a measurement; remove it or pass another folder"
@@ -101,18 +183,7 @@ class Cells:
             changed = [name for name in {**before, **self._about} if before.get(name) != self._about.get(name)]
             what = ", ".join(f"{n} {before.get(n)!r}, now {self._about.get(n)!r}" for n in changed)
             raise ValueError(f"{str(path)!r}: holds parts of another measurement ({what}); pass another folder")
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._finished
-
-    def get(self, key: str, measure: Callable[[], Any]) -> Any:
-        """The finished part of this name, measured now if there is none."""
-        if key not in self._finished:
-            self._finished[key] = measure()
-            if self._path is not None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._path, {"about": self._about, "cells": self._finished})
-        return self._finished[key]
+        self._finished = {**finished, **self._finished}
 
 
 def _cpu_name() -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ropex._checks import require_int, require_number
+from ropex._checks import require_int, require_length, require_number
 from ropex.evaluation import drafts
 from ropex.evaluation.documents import bos_of
 from ropex.evaluation.drafts import Draft, Question
@@ -93,7 +93,7 @@ class Task:
         Raises:
             ValueError: a length that does not hold the facts and the question, a depth beyond 0 .. 1.
         """
-        require_int("length", length, minimum=2, remedy="pass a number of tokens")
+        require_length("length", length, minimum=2)
         require_int("number", number, minimum=0, remedy="pass which sample to make")
         if self.name == "first_sentence":
             depths = (0.0,)

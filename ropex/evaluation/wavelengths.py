@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ropex.evaluation.plots import save_figure
 from ropex.rotation import Geometry, Request
 from ropex.scaling import FrequencySchedule
 
@@ -55,4 +56,4 @@ def plot_wavelengths(
     axes.set_title(f"rotary dimension {geometry.dim}, base {geometry.base:g}, factor {factor:g}", size="medium")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)

@@ -45,7 +45,7 @@ class Attention:
     norm_follows: bool
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def rotary_functions(cls: type[nn.Module]) -> tuple[str, ...]:
     """The globals by which the class's forward calls rotary functions."""
     forward = inspect.unwrap(cls.forward)
@@ -55,7 +55,7 @@ def rotary_functions(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(name for name in code.co_names if _ROTARY.match(name) and callable(forward.__globals__.get(name)))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def calls_interface(cls: type[nn.Module]) -> bool:
     """Whether the class's forward attends through transformers' attention interface."""
     return _INTERFACE[0] in inspect.unwrap(cls.forward).__code__.co_names
@@ -107,7 +107,7 @@ def norm_follows(module: nn.Module) -> bool:
     return any(isinstance(getattr(module, name, None), nn.Module) for name in _norms_after(cls))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _norms_after(cls: type[nn.Module]) -> tuple[str, ...]:
     """The attributes called like norms that the class's forward reads there."""
     norms: list[str] | None = None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +19,7 @@ __all__ = [
     "pretraining_length",
     "rope_parameters",
     "scaling_type",
+    "silently",
     "stated_length",
     "text_config",
     "unscaled",
@@ -198,6 +202,18 @@ def words_beside(parameters: dict[str, Any], *, widened: bool = False) -> dict[s
     return {**beside, "original_max_position_embeddings": length} if counting else beside
 
 
+@contextmanager
+def silently() -> Iterator[None]:
+    """While this lasts, transformers logs errors alone: what it says of a config that is tried is not for the user."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def own_configs(model: nn.Module) -> list[tuple[nn.Module, str, Any, Any]]:
     """Each config in the model and a copy of it, for every part of the model that refers to it by this attribute.
 
@@ -206,4 +222,6 @@ def own_configs(model: nn.Module) -> list[tuple[nn.Module, str, Any, Any]]:
     memo: dict[int, Any] = {}  # keeps one copy of each, nested ones too
     names = ("config", "generation_config")
     configs = ((module, name, module.__dict__.get(name)) for module in model.modules() for name in names)
-    return [(module, name, each, copy.deepcopy(each, memo)) for module, name, each in configs if hasattr(each, "to_dict")]
+    return [
+        (module, name, each, copy.deepcopy(each, memo)) for module, name, each in configs if hasattr(each, "to_dict")
+    ]

@@ -6,7 +6,6 @@ import copy
 import json
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ropex._checks import require_choice
+from ropex._disk import unfinished_folder
 from ropex.patching import files
 from ropex.patching.attention import settings_under
-from ropex.patching.config import rope_parameters, text_config, words_beside
+from ropex.patching.config import rope_parameters, silently, text_config, words_beside
 from ropex.patching.gguf_file import write_gguf
 from ropex.patching.module import PatchedRotary
 from ropex.patching.native import divisors_of, written
@@ -57,6 +57,7 @@ class Export:
         return f"wrote {self.path}: {self.rope_type}, {self.length} tokens\n{self.command}{lost}"
 
 
+@silently()
 def export(
     directory: str | Path,
     to: Target,
@@ -94,8 +95,9 @@ def export(
     source, out = Path(model if model is not None else directory), Path(out)
     if not (source / "config.json").is_file():
         raise ValueError(f"{source}: must hold the model's config.json; pass model=, the model's directory")
-    _require_apart(source, out)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for each in (source, saved.directory):
+        _require_apart(each, out)
+    config = read_config(source)
     patch = load(empty_model(source), saved.directory)  # which the patch must fit
     before = config.get("text_config", config).get(_length_key(patch.rotary))
     parameters, reach = _write_method(saved, config, length, to, patch)
@@ -110,13 +112,13 @@ def export(
     if saved.settings["precision"] == "float32":
         lost.append('precision="float32": scores are computed in the dtype of the model')
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".ropex-") as made:
-        checked = Path(made) / "config"
+    with unfinished_folder(out.parent) as made:
+        checked = made / "config"
         checked.mkdir()
         (checked / "config.json").write_text(json.dumps(config), encoding="utf-8")
         _require_read_back(saved, checked, patch, parameters, reach, length)
-        new = Path(made) / "model"  # complete before it gets its name
-        shutil.copytree(source, new, ignore=shutil.ignore_patterns("ropex.*", "checkpoint-*"))
+        new = made / "model"  # complete before it gets its name
+        shutil.copytree(source, new, ignore=shutil.ignore_patterns("ropex.*", ".ropex*", "checkpoint-*"))
         _drop_learned(new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _update_lengths(new, before, reach)
@@ -137,7 +139,25 @@ def _require_apart(source: Path, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={str(out)!r}: must be a new or empty directory; pass another one")
     if source.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"out={str(out)!r}: lies in {str(source)!r}, which is copied; pass a directory outside of it")
+        raise ValueError(
+            f"out={str(out)!r}: lies in {str(source)!r}, which stays as it is; pass a directory outside of it"
+        )
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """What a directory's `config.json` says.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    path = source / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: must be a model's config in JSON, and is not ({error}); copy it anew") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must be a model's config, a JSON object; copy it anew")
+    return config
 
 
 def empty_model(source: Path) -> Any:
@@ -149,6 +169,7 @@ def empty_model(source: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 
     failure: Exception | None = None
+    read_config(source)
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:  # a broken config can fail in as many ways as it has keys

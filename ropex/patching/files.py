@@ -1,42 +1,69 @@
-"""A patch on disk: `ropex.json` says what it is, `ropex.safetensors` holds what its method has learned."""
+"""A patch on disk: `ropex.json` says what it is, and a file beside it holds what its method has learned.
+
+That file is named by its hash, and `ropex.json` is what commits: it is written after the data, and old data goes last.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from ropex._disk import writing
 from ropex._version import __version__
 from ropex.patching.detect import find_active
 from ropex.patching.swap import channels_of
+from ropex.patching.tables import Channels
 from ropex.rotary import RotaryEmbedding
 from ropex.rotation import Geometry
 from ropex.scaling import FrequencySchedule
 from ropex.scaling.registry import from_dict
 
-__all__ = ["DESCRIPTION", "WEIGHTS", "Saved", "SavedRope", "read", "restore", "save"]
+__all__ = ["DESCRIPTION", "Saved", "SavedRope", "read", "restore", "save"]
 
-DESCRIPTION, WEIGHTS = "ropex.json", "ropex.safetensors"
-_FORMAT = 1
-_KEYS = {
-    "format",
-    "ropex",
-    "torch",
-    "model_type",
-    "schedule",
-    "settings",
-    "ropes",
-    "channels",
-    "softmax_factor",
-    "weights",
-    "hash",
+DESCRIPTION = "ropex.json"
+_FORMAT = 2
+_WEIGHTS_OF_1 = "ropex.safetensors"
+_WEIGHTS = re.compile(r"ropex(\.[0-9a-f]{16})?\.safetensors")
+_KINDS: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "ropex": (str,),
+    "torch": (str,),
+    "model_type": (str, type(None)),
+    "schedule": (dict,),
+    "settings": (dict,),
+    "ropes": (dict,),
+    "channels": (str,),
+    "softmax_factor": (int, float),
+    "weights": (str, type(None)),
+    "dtype": (str, type(None)),
+    "hash": (str,),
+}
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    "angles": (str,),
+    "precision": (str,),
+    "sliding": (str,),
+    "on_scaled": (str,),
+    "seed": (int,),
+    "data_rank": (int, type(None)),
+    "trained_length": (int, type(None)),
+}
+_ROPE: dict[str, tuple[type, ...]] = {
+    "geometry": (dict,),
+    "turning": (list, type(None)),
+    "layer_type": (str, type(None)),
+    "scaled": (bool,),
 }
 
 
@@ -108,7 +135,7 @@ class Saved:
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
-    """Write the files of a patched model; each is complete or not there."""
+    """Write the files of a patched model; whoever reads them finds the earlier save, or this one."""
     spots = find_active(model)
     patched = spots[0].patched
     schedule = patched.rope.schedule
@@ -120,29 +147,32 @@ def save(model: nn.Module, directory: str | Path) -> None:
             f"{schedule!r}: must be one of ropex.methods(), whose name a file can hold: {error}"
         ) from error
     weights = {name: value.detach().cpu().contiguous() for name, value in _learned(model).items()}
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    if weights:
-        save_file(weights, directory / f"{WEIGHTS}.new")
-        (directory / f"{WEIGHTS}.new").replace(directory / WEIGHTS)
-    else:
-        (directory / WEIGHTS).unlink(missing_ok=True)
-    config = getattr(model, "config", None)
+    data = to_bytes(weights) if weights else None
     content = {
         "format": _FORMAT,
         "ropex": __version__,
         "torch": torch.__version__,
-        "model_type": getattr(config, "model_type", None),
+        "model_type": getattr(getattr(model, "config", None), "model_type", None),
         "schedule": described,
         "settings": patched.settings,
         "ropes": {name: _as_json(rope) for name, rope in _ropes(model).items()},
         "channels": channels_of(model),
         "softmax_factor": patched.softmax_factor,
-        "weights": _hash_of((directory / WEIGHTS).read_bytes()) if weights else None,
+        "weights": None if data is None else _hash_of(data),
+        "dtype": _dtype_of(weights),
     }
     content["hash"] = _hash(content)
-    (directory / f"{DESCRIPTION}.new").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (directory / f"{DESCRIPTION}.new").replace(directory / DESCRIPTION)
+    text = json.dumps(content, indent=2) + "\n"
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    name = None if data is None else _weights_name(_hash_of(data))
+    with writing(directory) as put:
+        if name is not None and data is not None:
+            put(name, functools.partial(Path.write_bytes, data=data))
+        put(DESCRIPTION, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+        for old in directory.iterdir():
+            if _WEIGHTS.fullmatch(old.name) and old.name != name:
+                old.unlink()
 
 
 def read(directory: str | Path) -> Saved:
@@ -153,28 +183,75 @@ def read(directory: str | Path) -> Saved:
     """
     directory = Path(directory)
     path = directory / DESCRIPTION
+    content = _description(directory)
+    weights: dict[str, Tensor] = {}
+    while content["weights"] is not None:
+        data, before = _weights_of(directory, content["weights"]), content
+        if data is not None:
+            weights = _checked_weights(path, data, content)
+            break
+        if (content := _description(directory)) == before:
+            raise ValueError(
+                f"{directory / _weights_name(content['weights'])}: is missing, and {DESCRIPTION} says that it holds "
+                "what was learned; copy both"
+            )
+    ropes = {name: _from_json(path, name, each) for name, each in content["ropes"].items()}
+    _require(
+        path, "ropes", content["ropes"], any(rope.scaled for rope in ropes.values()), "one that is scaled, or more"
+    )
+    try:
+        schedule = from_dict(content["schedule"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: schedule: {error}") from error
+    plain = {name: content[name] for name in ("settings", "channels", "softmax_factor", "model_type")}
+    return Saved(directory=directory, schedule=schedule, ropes=ropes, weights=weights, **plain)
+
+
+def _description(directory: Path) -> dict[str, Any]:
+    """What `ropex.json` says, each field of the kind that it must have."""
+    path = directory / DESCRIPTION
     if not path.is_file():
         raise ValueError(f"{directory}: must be a directory with {DESCRIPTION}; pass one that Patch.save wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON, and is not ({error}); save the patch anew") from error
-    if not isinstance(content, dict) or "ropex" not in content or not _is_format(content.get("format")):
+    number = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(number, int) or number < 1 or "ropex" not in content:
         raise ValueError(f"{path}: was not written by ropex; pass a directory that Patch.save wrote")
-    if content["format"] > _FORMAT:
+    if number > _FORMAT:
         raise ValueError(
-            f"{path}: has format {content['format']}, written by ropex {content['ropex']}; this is ropex "
+            f"{path}: has format {number}, written by ropex {content['ropex']}; this is ropex "
             f"{__version__}, which reads up to {_FORMAT}: update it"
         )
-    if set(content) != _KEYS or content["hash"] != _hash(content):
+    kinds = {name: kind for name, kind in _KINDS.items() if number > 1 or name != "dtype"}
+    if set(content) != set(kinds) or content["hash"] != _hash(content):
         raise ValueError(f"{path}: was changed after it was written (its hash does not fit); save the patch anew")
-    weights: dict[str, Tensor] = {}
-    if content["weights"] is not None:
-        weights = _read_weights(directory / WEIGHTS, content["weights"])
-    ropes = {name: _from_json(each) for name, each in content["ropes"].items()}
-    schedule = from_dict(content["schedule"])
-    plain = {name: content[name] for name in ("settings", "channels", "softmax_factor", "model_type")}
-    return Saved(directory=directory, schedule=schedule, ropes=ropes, weights=weights, **plain)
+    _require_kinds(path, "", content, kinds)
+    _require_kinds(path, "settings.", {"trained_length": None, **content["settings"]}, _SETTINGS)
+    for name, rope in content["ropes"].items():
+        _require(path, f"ropes.{name}", rope, isinstance(rope, dict), "an object")
+        _require_kinds(path, f"ropes.{name}.", rope, _ROPE)
+    _require(path, "channels", content["channels"], content["channels"] in get_args(Channels), "a layout of channels")
+    factor = content["softmax_factor"]
+    _require(path, "softmax_factor", factor, math.isfinite(factor) and factor > 0, "a finite number > 0")
+    return {"dtype": None, **content}
+
+
+def _require(path: Path, field: str, value: object, holds: bool, required: str) -> None:
+    if not holds:
+        raise ValueError(f"{path}: {field} is {value!r}: must be {required}; save the patch anew")
+
+
+def _require_kinds(path: Path, prefix: str, content: dict[str, Any], kinds: dict[str, tuple[type, ...]]) -> None:
+    """Raise unless an object has these fields, each of one of these types."""
+    for name in {**kinds, **content}:
+        _require(path, f"{prefix}{name}", content.get(name), name in kinds, "left out")
+        _require(path, f"{prefix}{name}", "missing", name in content, "there")
+        allowed = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds[name])
+        value = content[name]
+        fits = isinstance(value, kinds[name]) and (bool in kinds[name] or not isinstance(value, bool))
+        _require(path, f"{prefix}{name}", value, fits, f"of the type {allowed}")
 
 
 def restore(model: nn.Module, saved: Saved) -> None:
@@ -192,7 +269,7 @@ def restore(model: nn.Module, saved: Saved) -> None:
     shapes = [{name: tuple(value.shape) for name, value in each.items()} for each in (learned, saved.weights)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"{saved.directory / WEIGHTS}: holds {shapes[1]}, and the patch needs {shapes[0]}; save it anew"
+            f"{saved.directory}: what was learned has {shapes[1]}, and the patch needs {shapes[0]}; save it anew"
         )
     with torch.no_grad():
         for name, value in saved.weights.items():
@@ -227,27 +304,59 @@ def _as_json(rope: SavedRope) -> dict[str, Any]:
     return {**described, "geometry": {k: v for k, v in described["geometry"].items() if not k.startswith("_")}}
 
 
-def _from_json(described: dict[str, Any]) -> SavedRope:
-    turning = described["turning"]
-    geometry = Geometry(**described["geometry"])
-    return SavedRope(
-        geometry, None if turning is None else tuple(turning), described["layer_type"], described["scaled"]
-    )
-
-
-def _is_format(number: Any) -> bool:
-    return isinstance(number, int) and number >= 1
-
-
-def _read_weights(path: Path, wanted: str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path}: is missing, and {DESCRIPTION} says that it holds what was learned; copy both")
-    if _hash_of(path.read_bytes()) != wanted:
-        raise ValueError(f"{path}: was changed after it was written (its hash does not fit); save the patch anew")
+def _from_json(path: Path, name: str, described: dict[str, Any]) -> SavedRope:
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: must be a safetensors file: {error}") from error
+        geometry = Geometry(**described["geometry"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: ropes.{name}.geometry: {error}; save the patch anew") from error
+    turning = described["turning"]
+    if turning is not None:
+        bools = len(turning) == geometry.dim // 2 and all(isinstance(turns, bool) for turns in turning)
+        _require(path, f"ropes.{name}.turning", turning, bools, f"a list of {geometry.dim // 2} times true or false")
+        turning = tuple(turning)
+    return SavedRope(geometry, turning, described["layer_type"], described["scaled"])
+
+
+def _weights_name(digest: str) -> str:
+    return f"ropex.{digest[:16]}.safetensors"
+
+
+def _weights_of(directory: Path, digest: str) -> bytes | None:
+    """The file with this hash; None where there is none."""
+    for name in (_weights_name(digest), _WEIGHTS_OF_1):
+        try:
+            data = (directory / name).read_bytes()
+        except FileNotFoundError:  # or a writer has put another save in the place of this one
+            continue
+        if _hash_of(data) != digest:
+            raise ValueError(
+                f"{directory / name}: was changed after it was written (its hash does not fit); save the patch anew"
+            )
+        return data
+    return None
+
+
+def _checked_weights(path: Path, data: bytes, content: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        weights = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: weights: must be a safetensors file: {error}; save the patch anew") from error
+    for name, value in weights.items():
+        found = str(value.dtype).removeprefix("torch.")
+        fits = found == content["dtype"] if content["format"] > 1 else value.is_floating_point()
+        _require(path, f"the dtype of the learned {name}", found, fits, content["dtype"] or "a floating-point one")
+        finite = bool(torch.isfinite(value).all())
+        _require(path, f"the learned {name}", value.flatten()[:4].tolist(), finite, "finite; train it anew")
+    return weights
+
+
+def _dtype_of(weights: dict[str, Tensor]) -> str | None:
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()})
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"what was learned has the dtypes {', '.join(dtypes)}: must have one; cast the model as a whole"
+        )
+    return dtypes[0] if dtypes else None
 
 
 def _hash(content: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ class _Float32Functions:
         return name
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function over float32 queries, keys and values, whose output is of the model's dtype."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ropex.patching.module import PatchedRotary
-from ropex.patching.swap import generated_class
+from ropex.patching.swap import generated_class, shared_class
 
 __all__ = [
     "Owned",
@@ -122,7 +122,7 @@ class _Reset:
         self._cache = weakref.ref(cache)
 
     def __call__(self) -> None:
-        cache = self._cache()
+        cache: Any = self._cache()
         type(cache).reset(cache)
         cache.ropex_tokens = 0
 
@@ -213,7 +213,7 @@ def can_own(module: nn.Module) -> bool:
     return all(hasattr(type(module), name) for name in ("save_pretrained", "config_class"))
 
 
-@functools.cache
+@shared_class
 def owned_class(base: Any) -> type[Any]:
     """The subclass of a model's class that pins prompt plus new tokens while it generates, and saves what is true."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ropex._disk import unfinished_folder
 from ropex.patching.files import Saved
 from ropex.patching.native import divisors_of
 from ropex.rotation import Geometry
@@ -29,7 +30,7 @@ def write_gguf(saved: Saved, out: Path, model: str | Path | None, length: int | 
     except ImportError as error:
         raise ValueError('to="gguf" needs the gguf package: pip install gguf') from error
     source = Path(model) if model is not None else _one_file(saved.directory)
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ValueError(f"out={str(out)!r}: exists; pass a new file name")
     try:
         reader = gguf.GGUFReader(source)
@@ -48,21 +49,21 @@ def write_gguf(saved: Saved, out: Path, model: str | Path | None, length: int | 
     reach = length or schedule.target_length(rope.geometry.trained_length)
     _require_fits(gguf, reader, source, arch, rope.geometry)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.new")
-    writer = gguf.GGUFWriter(partial, arch=arch)
-    _copy_fields(gguf, reader, writer, arch)
-    writer.add_context_length(reach)
-    if amplitude != 1:
-        writer.add_rope_scaling_attn_factors(amplitude)
-    for tensor in reader.tensors:
-        if tensor.name != "rope_freqs.weight":
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.add_tensor("rope_freqs.weight", torch.tensor(divisors, dtype=torch.float32).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    partial.replace(out)
+    with unfinished_folder(out.parent) as made:
+        writer = gguf.GGUFWriter(made / "model.gguf", arch=arch)
+        _copy_fields(gguf, reader, writer, arch)
+        writer.add_context_length(reach)
+        if amplitude != 1:
+            writer.add_rope_scaling_attn_factors(amplitude)
+        for tensor in reader.tensors:
+            if tensor.name != "rope_freqs.weight":
+                writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.add_tensor("rope_freqs.weight", torch.tensor(divisors, dtype=torch.float32).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (made / "model.gguf").replace(out)
     return reach, amplitude
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ropex._checks import require_int
+from ropex._checks import require_length
 from ropex.patching.config import rope_parameters, scaling_type
 from ropex.rotation import Geometry, Request
 from ropex.scaling import (
@@ -77,7 +77,7 @@ def frozen_frequencies(
         ValueError: they depend on the length and none is given, or on the position.
     """
     if length is not None:
-        require_int("length", length, minimum=1, remedy="pass a context length in tokens")
+        require_length("length", length)
     elif schedule.length_dependent:
         raise ValueError(
             f"{schedule!r} has other frequencies at every length, and a config has one list: pass the length in tokens "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,10 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from ropex._checks import require_choice, require_int
+from ropex._checks import require_choice, require_int, require_length
 from ropex.kernels import Angles
 from ropex.patching import files
-from ropex.patching.config import own_configs
+from ropex.patching.config import own_configs, silently
 from ropex.patching.detect import Spot, examine, find_patched
 from ropex.patching.dry import FirstPass
 from ropex.patching.generation import (
@@ -158,9 +159,9 @@ def patch(
     """Extend a model's context window: replace its rotary embedding in place.
 
     Where the model rotates is found by looking, and probed before and after: a patch that would not take effect is an
-    error. An error or an interrupt (ctrl-C) leaves the model as it was. Other models in the process are untouched. Angles are exact, the
-    rotation is float32 whatever the model's dtype, and the frequencies survive `.to(torch.bfloat16)` (what a learned
-    method has learned is rounded with its weights).
+    error. An error or an interrupt (ctrl-C) leaves the model as it was. Other models in the process are untouched.
+    Angles are exact, the rotation is float32 whatever the model's dtype, and the frequencies survive
+    `.to(torch.bfloat16)` (what a learned method has learned is rounded with its weights).
 
     The config, on a copy that this model then owns, gets the target length, and the method where a config can say it:
     then `save_pretrained` writes a checkpoint that plain transformers loads with the same logits. All is put back by
@@ -209,7 +210,7 @@ def _patched(model: nn.Module, wish: Wish, tokenizer: Any, finish: Callable[[], 
         require_choice(name, wish.settings[name], get_args(choices))
     require_int("seed", wish.settings["seed"], minimum=0, remedy="pass the run's seed")
     if (trained_length := wish.settings["trained_length"]) is not None:
-        require_int("trained_length", trained_length, minimum=1, remedy="pass the pretraining length in tokens")
+        require_length("trained_length", trained_length, remedy="pass the pretraining length in tokens")
     model_name = type(model).__name__
     if found := find_patched(model):
         raise ValueError(
@@ -218,7 +219,7 @@ def _patched(model: nn.Module, wish: Wish, tokenizer: Any, finish: Callable[[], 
         )
     if tokenizer is not None and not isinstance(getattr(tokenizer, "model_max_length", None), int):
         raise ValueError(f"tokenizer={tokenizer!r}: must have a model_max_length; pass the model's tokenizer")
-    with torch.device("cpu"):  # whatever the default device is
+    with torch.device("cpu"), silently():  # whatever the default device is
         plan = plan_for(model, examine(model, trained_length), wish)
     return _apply(model, plan, tokenizer, finish)
 
@@ -298,12 +299,13 @@ def _restore(model: nn.Module) -> None:
     called again.
     """
     failures: list[Exception] = []
+    without = functools.cache(class_without)  # one class for all modules of a kind
     for module in [*model.modules()]:
         drop_hooks(module)
         for marker in (Rotating, Owned):
             cls: Any = module.__class__
             if issubclass(cls, marker):
-                swap_class(module, class_without(cls, marker))
+                swap_class(module, without(cls, marker))
         for name, value in module.__dict__.get("ropex_undo", {}).items():
             setattr(module, name, value)
         module.__dict__.pop("ropex_undo", None)

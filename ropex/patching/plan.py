@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ropex._checks import require_int
+from ropex._checks import require_length
 from ropex.patching.attention import Attention, calls_interface, settings_under
 from ropex.patching.config import UnsupportedModelError, unscaled, with_attributes, with_parameters
 from ropex.patching.detect import Anatomy
@@ -256,7 +256,8 @@ def _schedule(name: str, kind: Kind, wish: Wish) -> tuple[FrequencySchedule, int
         return schedule, max(schedule.target_length(trained), wish.length or 0)
     schedule = schedule_for(method, trained, factor=wish.factor, length=wish.length, **wish.options)
     target = schedule.target_length(trained)
-    require_int("target_length", target, minimum=1, remedy=f"mend {type(schedule).__name__}.target_length")
+    wrong = f"pass a smaller factor or length, or mend {type(schedule).__name__}.target_length"
+    require_length("target_length", target, remedy=wrong)
     return schedule, target
 
 

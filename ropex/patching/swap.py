@@ -5,7 +5,8 @@ generated subclass whose forward is the same code over other globals: those of a
 file's namespace with the rotary functions replaced. A class, because torch.compile guards on the type of a module and
 not on methods bound to an instance (two patched models in one process would get each other's graph); a module in
 `sys.modules`, because the compiler looks a function's globals up by their module's name. The copy is made at the first
-patch: what others bind in the modeling file later does not reach patched models.
+patch: what others bind in the modeling file later does not reach patched models. Class and copy are shared by all
+patched models of a kind, and go with the last of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import functools
 import inspect
 import sys
 import types
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +27,16 @@ from ropex.patching import float32
 from ropex.patching.probe import rotated
 from ropex.patching.tables import Channels, RotaryFunction
 
-__all__ = ["Rotating", "Swap", "channels_of", "class_without", "generated_class", "rotating_class", "swap_class"]
+__all__ = [
+    "Rotating",
+    "Swap",
+    "channels_of",
+    "class_without",
+    "generated_class",
+    "rotating_class",
+    "shared_class",
+    "swap_class",
+]
 
 
 class Swap(NamedTuple):
@@ -74,7 +86,6 @@ def swap_class(module: nn.Module, cls: type[Any]) -> None:
     module.__class__ = cls
 
 
-@functools.cache
 def class_without(cls: Any, marker: Any) -> Any:
     """The class that a module has once what was generated for a marker is gone from below what others put on top.
 
@@ -99,6 +110,18 @@ def generated_class(base: type[Any], mixin: type[Any], namespace: dict[str, Any]
     """A class that passes for its base, name and all, with a marker among its bases."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return types.new_class(base.__name__, (base, mixin), {}, lambda body: body.update({**names, **namespace}))
+
+
+def shared_class(make: Callable[[Any], type[Any]]) -> Callable[[Any], type[Any]]:
+    """One class for each argument, as long as something uses it: the compiler tells patched models apart by it."""
+    made: weakref.WeakValueDictionary[Any, type[Any]] = weakref.WeakValueDictionary()
+
+    @functools.wraps(make)
+    def get(key: Any) -> type[Any]:
+        cls = made.get(key)
+        return made.setdefault(key, make(key)) if cls is None else cls
+
+    return get
 
 
 def rotating_function(original: Callable[..., Any], how: RotaryFunction, swap: Swap) -> Callable[..., Any]:
@@ -137,30 +160,46 @@ def rotating_function(original: Callable[..., Any], how: RotaryFunction, swap: S
     return styles[how.style]
 
 
-@functools.cache  # the identity of a class is the point
+@shared_class
 def rotating_class(swap: Swap) -> type[Any]:
     """The subclass of an attention class that rotates by ropex where the base calls its rotary functions."""
     forward = inspect.unwrap(swap.base.forward)
-    shadow = _shadow_module(forward.__globals__["__name__"], swap)
+    module_name = forward.__globals__["__name__"]
+    name = _shadow_name(module_name, swap)
+    _SHADOW_USERS[name] += 1
+    if (shadow := sys.modules.get(name)) is None:
+        shadow = sys.modules[name] = _shadow_module(name, sys.modules[module_name], swap)
     copied = types.FunctionType(
         forward.__code__, shadow.__dict__, forward.__name__, forward.__defaults__, forward.__closure__
     )
     copied.__kwdefaults__ = forward.__kwdefaults__
     functools.update_wrapper(copied, forward)
     del copied.__wrapped__  # type: ignore[attr-defined]  # it is no wrapper
-    return generated_class(swap.base, Rotating, {"forward": copied, "ropex_made_from": swap})
+    cls = generated_class(swap.base, Rotating, {"forward": copied, "ropex_made_from": swap})
+    weakref.finalize(cls, _release_shadow, name).atexit = False
+    return cls
 
 
-def _shadow_module(name: str, swap: Swap) -> types.ModuleType:
+_SHADOW_USERS: Counter[str] = Counter()  # how many classes use a shadow module
+
+
+def _release_shadow(name: str) -> None:
+    _SHADOW_USERS[name] -= 1
+    if _SHADOW_USERS[name] <= 0:
+        del _SHADOW_USERS[name]
+        sys.modules.pop(name, None)
+
+
+def _shadow_name(module_name: str, swap: Swap) -> str:
     functions = ".".join("-".join(map(str, how)) for how in swap.functions)
     table = "all" if swap.table is None else swap.table
-    shadow_name = f"ropex_shadow.{functions}.{table}.{swap.half}.{swap.float32}.{name}"
-    if shadow_name not in sys.modules:
-        original = sys.modules[name]
-        shadow = types.ModuleType(shadow_name)
-        replaced = {how.name: rotating_function(getattr(original, how.name), how, swap) for how in swap.functions}
-        if swap.float32:
-            replaced |= float32.interfaces(original)
-        shadow.__dict__.update({**original.__dict__, "__name__": shadow_name, **replaced})
-        sys.modules[shadow_name] = shadow
-    return sys.modules[shadow_name]
+    return f"ropex_shadow.{functions}.{table}.{swap.half}.{swap.float32}.{module_name}"
+
+
+def _shadow_module(name: str, original: types.ModuleType, swap: Swap) -> types.ModuleType:
+    shadow = types.ModuleType(name)
+    replaced = {how.name: rotating_function(getattr(original, how.name), how, swap) for how in swap.functions}
+    if swap.float32:
+        replaced |= float32.interfaces(original)
+    shadow.__dict__.update({**original.__dict__, "__name__": name, **replaced})
+    return shadow

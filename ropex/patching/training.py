@@ -22,9 +22,9 @@ class RopexCallback(TrainerCallback, ExportableState):
     """Keeps watch over a patch in a run of transformers' Trainer, or of one that is made from it.
 
     At the start it checks that the patch is in effect, that no sample is longer than what the patch reaches, and that
-    what the method learns is trained and not decayed. It logs what the patch does, and writes `ropex.json` and
-    `ropex.safetensors` into each checkpoint and at the end into the output directory, for `ropex.load`. A run that goes
-    on from a checkpoint goes on with its draws, also where a checkpoint holds no more than an adapter.
+    what the method learns is trained and not decayed. It logs what the patch does, and does what `Patch.save` does in
+    each checkpoint and at the end in the output directory, for `ropex.load`. A run that goes on from a checkpoint goes
+    on with its draws, also where a checkpoint holds no more than an adapter.
 
     Args:
         max_length: tokens of the longest sample. None: what the arguments of the run say (`max_length`,

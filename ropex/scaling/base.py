@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ropex import draws
-from ropex._checks import require_bool, require_choice, require_int, require_number
+from ropex._checks import require_bool, require_choice, require_length, require_number
 from ropex.rotation import Geometry, Request, Rotation, widest_float
 
 __all__ = ["FrequencySchedule", "Wrapper"]
@@ -63,7 +63,7 @@ class FrequencySchedule(abc.ABC):
 
     def at(self, geometry: Geometry, *, length: int, device: torch.device | str | None = None) -> Rotation:
         """The rotation of positions 0 .. length - 1, one row, in evaluation mode; for plots, exports and tests."""
-        require_int("length", length, minimum=1, remedy="pass a context length in tokens")
+        require_length("length", length)
         positions = torch.arange(length, device=device)[None]
         return self.rotation(Request(geometry, positions, torch.tensor(length, device=device)))
 
@@ -135,7 +135,7 @@ def require_factor(factor: object) -> None:
 
 def require_floor(floor: object) -> None:
     if floor is not None:
-        require_int("floor", floor, minimum=1, remedy="pass a length in tokens, or None for no floor")
+        require_length("floor", floor, remedy="pass a length in tokens, or None for no floor")
 
 
 def require_positive(name: str, value: object) -> None:

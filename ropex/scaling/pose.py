@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
 from ropex import draws
-from ropex._checks import describe, require_choice, require_int
+from ropex._checks import describe, require_choice, require_int, require_length
 from ropex.rotation import Request, Rotation
 from ropex.scaling.base import Wrapper, innermost, looked_up, moved, option_names, require_factor, require_key
 
@@ -172,8 +172,8 @@ class PoSECollator:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        require_int("window", self.window, minimum=1, remedy="pass the tokens of a training sample")
-        require_int("target_length", self.target_length, minimum=self.window, remedy="pass the length to train for")
+        require_length("window", self.window, remedy="pass the tokens of a training sample")
+        require_length("target_length", self.target_length, minimum=self.window, remedy="pass the length to train for")
         require_int("pad_token_id", self.pad_token_id, minimum=0, remedy="pass the tokenizer's, or its eos_token_id")
         if not isinstance(self.generator, torch.Generator | None):
             raise ValueError(

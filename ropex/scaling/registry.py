@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ropex._checks import require_int
+from ropex._checks import require_length
 from ropex.scaling.base import FrequencySchedule, Wrapper, option_names, require_factor
 from ropex.scaling.clex import CLEX
 from ropex.scaling.e2llm import E2LLM
@@ -187,7 +187,7 @@ def schedule_for(
     if length is not None:
         if target is None:
             raise ValueError(_no_target(method, "length", length, options))
-        require_int("length", length, minimum=1, remedy="pass the target length in tokens")
+        require_length("length", length, remedy="pass the target length in tokens")
         if length < trained_length:
             raise ValueError(
                 f"length={length!r}: must be an int >= the model's trained length of {trained_length} tokens; "
