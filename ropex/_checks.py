@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,7 +21,12 @@ __all__ = [
     "require_dim",
     "require_int",
     "require_length",
+    "require_list",
     "require_number",
+    "require_path",
+    "require_text",
+    "require_tokenizer",
+    "require_type",
 ]
 
 LONGEST = 2**28  # tokens, the longest context length that is taken for meant
@@ -56,13 +63,15 @@ def require_length(
 
 def _shown(value: object) -> str:
     """A value in a message; Python refuses to write integers of more than 4,300 digits."""
-    huge = isinstance(value, int) and value.bit_length() > 10_000
-    return f"a number of {value.bit_length()} bits" if huge else repr(value)  # type: ignore[attr-defined]
+    if isinstance(value, int) and value.bit_length() > 10_000:
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 500 else f"{text[:300]}... ({type(value).__name__})"
 
 
 def require_dim(value: object) -> None:
     """Raise `ValueError` unless `value` can be a rotary dimension."""
-    require_int("dim", value, minimum=2, remedy="pass the number of rotated channels of a head")
+    require_int("dim", value, minimum=2, maximum=2**16, remedy="pass the number of rotated channels of a head")
     if value % 2:  # type: ignore[operator]  # an int by now
         raise ValueError(f"dim={value}: must be even, since channels rotate in pairs; pass the rotary dimension")
 
@@ -79,6 +88,53 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     if value not in names:
         quoted = ", ".join(f'"{choice}"' for choice in names)
         raise ValueError(f"{name}={value!r}: must be one of {quoted}; pass one of them")
+
+
+def require_type(name: str, value: object, kinds: type | tuple[type, ...], required: str) -> None:
+    """Raise `ValueError` unless `value` is an instance of one of these types; `required` says which, and what to do."""
+    if not isinstance(value, kinds):
+        raise ValueError(f"{name}={_shown(value)}: must be {required}")
+
+
+def require_list(name: str, value: object, of: str) -> None:
+    """Raise `ValueError` unless `value` is a list or another sequence of this, and no text."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise ValueError(f"{name}={_shown(value)}: must be a list of {of}; pass one")
+
+
+def require_path(name: str, value: object) -> Path:
+    """`value` as a path; raises `ValueError` unless it can be one."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if isinstance(text, str) and text and "\0" not in text and _is_name(text):
+        return Path(text)
+    raise ValueError(
+        f"{name}={_shown(value)}: must be the path of a file or directory; pass one, whose names have at most 255 bytes"
+    )
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text can be a path: its characters can stand in a file's name, and no name in it is too long."""
+    try:
+        return max(map(len, os.fsencode(text).split(os.sep.encode()))) <= 255
+    except UnicodeEncodeError:
+        return False
+
+
+def require_text(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is a text of whole characters."""
+    require_type(name, value, str, "a text; pass one")
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: must be UTF-8 text, and has half a character at {error.start}; read it with errors='replace'"
+        ) from None
+
+
+def require_tokenizer(value: object) -> None:
+    """Raise `ValueError` unless `value` can be called like a tokenizer of transformers."""
+    if not callable(value) or not hasattr(value, "bos_token_id"):
+        raise ValueError(f"tokenizer={_shown(value)}: must be a tokenizer of transformers; pass the model's")
 
 
 def describe(x: Tensor) -> str:

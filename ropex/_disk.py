@@ -17,10 +17,10 @@ try:
 except ModuleNotFoundError:  # no such locks on this platform: names that differ must do
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["InUseError", "held", "unfinished_folder", "write_text", "writing"]
+__all__ = ["InUseError", "held", "require_room", "unfinished_folder", "write_text", "writing"]
 
 _LOCK = ".ropex.lock"
-_PARTIAL, _UNFINISHED = ".ropex-partial-", ".ropex-unfinished-"
+_PARTIAL, _UNFINISHED, _ROOM = ".ropex-partial-", ".ropex-unfinished-", ".ropex-room"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some network file systems
 
 
@@ -47,28 +47,48 @@ def held(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def _locked(path: Path, *, wait: bool) -> int:
+    """The file, locked, with the process id in it."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        file = -1
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            if not _lock(file, wait=wait):
+                owner = os.pread(file, 20, 0).decode(errors="replace") or "unknown"
+                place = str(path.parent)
+                raise InUseError(
+                    f"{place!r}: is in use by process {owner}; wait until it has ended, or pass another folder"
+                )
             if os.fstat(file).st_nlink:
-                os.ftruncate(file, 0)
-                os.write(file, str(os.getpid()).encode())
+                _sign(file, path)
                 return file
-        except BlockingIOError:
-            owner = os.pread(file, 20, 0).decode(errors="replace") or "unknown"
-            os.close(file)
-            raise InUseError(f"{str(path.parent)!r}: is in use by process {owner}") from None
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return file
-            os.close(file)
-            raise
-        except BaseException:
-            os.close(file)
+        except BaseException as error:
+            if file >= 0:
+                os.close(file)
+            if isinstance(error, OSError):
+                error.filename = str(path.parent)
             raise
         os.close(file)  # its owner has let it go in the meantime
+
+
+def _lock(file: int, *, wait: bool) -> bool:
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+    return True
+
+
+def _sign(file: int, path: Path) -> None:
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, str(os.getpid()).encode())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -91,11 +111,22 @@ def writing(folder: Path) -> Iterator[Callable[[str, Callable[[Path], object]], 
                 with partial.open("rb+") as file:
                     os.fsync(file.fileno())
                 partial.replace(folder / name)
-            except BaseException:
+            except BaseException as error:
                 partial.unlink(missing_ok=True)
+                if (
+                    isinstance(error, OSError) and error.errno
+                ):  # which may not know of which file it is, or knows the hidden one
+                    error.filename = str(folder / name)
                 raise
 
         yield put
+
+
+def require_room(folder: Path) -> None:
+    """Raise `OSError` unless a folder can be written, and has room for results."""
+    with writing(folder) as put:
+        put(_ROOM, lambda partial: partial.write_bytes(bytes(2**20)))
+        (folder / _ROOM).unlink()
 
 
 def write_text(path: Path, text: str) -> None:

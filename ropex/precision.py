@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ropex._checks import describe, require_int
+from ropex._checks import describe, require_int, require_type
 from ropex.kernels import Angles, Layout, rotate, table
 from ropex.kernels.reference import rotate_one
 from ropex.rotation import Rotation
@@ -48,7 +48,8 @@ def angle_error(rotation: Rotation, *, angles: Angles = "exact", bits: int = 200
     """
     import mpmath
 
-    require_int("bits", bits, minimum=64, remedy="pass 200")
+    require_type("rotation", rotation, Rotation, "a ropex.Rotation; pass what a schedule's rotation() or at() gives")
+    require_int("bits", bits, minimum=64, maximum=10_000, remedy="pass 200")
     cos, sin = table(rotation._replace(amplitude=1.0), angles=angles)
     positions, inv_freq = (x.to(torch.float64 if x.is_floating_point() else x.dtype) for x in rotation[:2])
     inv_freq = inv_freq.expand(*cos.shape)
@@ -111,6 +112,7 @@ def probe_precision(
     Reference: Wang et al., When Precision Meets Position: BFloat16 Breaks Down RoPE in Long-Context Training, 2024,
     arXiv:2411.13476, section 3.
     """
+    require_type("shifts", shifts, Iterable, "a list of tokens; pass such as [16, 4096]")
     shifts = list(shifts)
     if not shifts:
         raise ValueError("shifts=[]: must hold at least one number of tokens; pass such as [16, 4096]")

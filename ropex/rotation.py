@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ropex._checks import require_dim, require_length, require_number
+from ropex._checks import require_bool, require_dim, require_length, require_number
 
 __all__ = ["Geometry", "Request", "Rotation"]
 
@@ -53,6 +53,7 @@ class Geometry:
         require_dim(self.dim)
         require_number("base", self.base, minimum=1, strict=True, remedy="pass the model's rope_theta, such as 10000.0")
         require_length("trained_length", self.trained_length, remedy="pass the pretraining length in tokens")
+        require_bool("rounded", self.rounded, remedy="False computes in float64, as papers do")
         dtype = torch.float32 if self.rounded else torch.float64
         exponent = torch.arange(0, self.dim, 2, dtype=dtype, device="cpu") / self.dim
         values = (1.0 / self.base**exponent).to(torch.float64).tolist()

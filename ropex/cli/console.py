@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ropex._checks import first_line
 from ropex._version import __version__
 
 __all__ = ["app", "clear_errors", "log", "out", "progress_bar", "say", "split"]
@@ -38,17 +43,61 @@ def ropex_command(
 
 
 def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose ValueError is a message and exit code 2."""
+    """A command whose every failure is a message and exit code 2.
+
+    With the environment variable ROPEX_TRACEBACK it shows where a failure comes from.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except ValueError as error:
-            log.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if os.environ.get("ROPEX_TRACEBACK"):
+                raise
+            message = _message(error).encode("utf-8", "replace").decode()
+            log.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
     return run
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or pass another place; what was finished is kept",
+    errno.EDQUOT: "free some space, or pass another place; what was finished is kept",
+    errno.EROFS: "pass a place that can be written",
+    errno.EACCES: "pass a place that you have the rights to",
+    errno.EPERM: "pass a place that you have the rights to",
+    errno.ENAMETOOLONG: "pass a shorter name",
+}
+
+
+def _message(error: Exception) -> str:
+    """What failed, and what to do."""
+    if isinstance(error, OSError):
+        if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):  # of a copied folder
+            source, _, why = error.args[0][0]
+            return f"{_short(source)}: cannot be copied: {why}"
+        remedy = _REMEDIES.get(error.errno or 0, "check the path and what it leads to")
+        return f"{_short(error.filename or 'a file')}: {error.strerror or first_line(error)}; {remedy}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
+        return (
+            f"out of memory: {first_line(error)}; pass a smaller length, --dtype bfloat16, or another --device; what "
+            "was finished is kept"
+        )
+    if isinstance(error, ValueError):
+        return str(error)
+    return (
+        f"{type(error).__name__}: {first_line(error)}; this is a fault of ropex: run it again with ROPEX_TRACEBACK=1, "
+        "and report what it shows"
+    )
+
+
+def _short(path: object) -> str:
+    text = repr(str(path))
+    return text if len(text) < 300 else f"{text[:200]}... ({len(text) - 2} characters)"
 
 
 def say(message: object) -> None:

@@ -66,8 +66,8 @@ class Job:
             ValueError: an unknown name, or a value that cannot be.
         """
         for name in ("model", "text", "dataset", "split", "column", "device", "out"):
-            if not isinstance(value := getattr(self, name), str | None):
-                raise ValueError(f"{name}={value!r}: must be a text; write it in quotes")
+            if not isinstance(value := getattr(self, name), str | None) or value == "":
+                raise ValueError(f"{name}={value!r}: must be a text; write it in quotes, or leave it out")
         self.schedules: dict[str, FrequencySchedule] = _schedules(self.methods, self.factor)
         self.tasks = _listed("tasks", self.tasks, str)
         self.lengths = _listed("lengths", self.lengths, int)
@@ -88,7 +88,7 @@ class Job:
             raise ValueError(
                 f"text={self.text!r} and dataset={self.dataset!r}: must be one of them; leave out the other"
             )
-        if self.length:
+        if self.length not in (0, None) or isinstance(self.length, bool):
             require_length("length", self.length, minimum=2, remedy="pass the tokens of each document")
             edges = bin_edges(self.bins, self.length)
             require_stride(self.protocol, self.stride, edges[1])
@@ -101,6 +101,17 @@ class Job:
         self.device = _device(self.device)
 
 
+class _Unique(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which the others would be lost."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return dict(super().construct_mapping(node, deep))
+
+
 def read_job(path: Path) -> Job:
     """The job that a YAML file describes.
 
@@ -108,10 +119,12 @@ def read_job(path: Path) -> Job:
         ValueError: no such file, no YAML, or an unknown key.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Unique)
     except OSError as error:
         raise ValueError(f"config {str(path)!r}: must be a YAML file; {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise ValueError(f"config {str(path)!r}: must be a YAML file, and is nested too deep; write it flat") from None
+    except (UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r}: must be a YAML file; {' '.join(str(error).split())}") from error
     names = [field.name for field in dataclasses.fields(Job)]
     if not isinstance(content, Mapping):
@@ -131,7 +144,7 @@ def _schedules(methods: Any, factor: float) -> dict[str, FrequencySchedule]:
         for name, options in methods.items():
             if not isinstance(options, Mapping | None):
                 raise ValueError(f"methods with {name}: {options!r}: must be options such as {{factor: 2}}; pass them")
-            asked[str(name)] = dict(options or {})
+            asked[str(name)] = {str(key): value for key, value in (options or {}).items()}
         return {_free(name): _schedule(o.pop("method", name), o, factor) for name, o in asked.items()}
     found = {}
     for name in _listed("methods", methods, str):
@@ -173,7 +186,7 @@ def _listed(name: str, value: Any, kind: type) -> list[Any]:
         found = [kind(part) for part in parts]
         if any(isinstance(part, float) and part != kind(part) for part in parts):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         example = {int: "4096,8192", float: "0.1,0.9", str: "passkey,lines"}[kind]
         raise ValueError(f"{name}={value!r}: must be a list such as {example}; pass one") from None
     if len(set(found)) < len(found):
@@ -186,7 +199,7 @@ def _bins(bins: Any) -> int | list[int]:
         numbers = [int(part) for part in (bins if isinstance(bins, list) else str(bins).split(","))]
         if isinstance(bins, list) and numbers != bins:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"bins={bins!r}: must be a number or edges such as 0,2048,4096; pass integers") from None
     return numbers if len(numbers) > 1 else numbers[0]
 
@@ -195,8 +208,9 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("meta holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         first_line = str(error).partition("\n")[0]
         raise ValueError(f"device={name!r}: must be a device of this machine; {first_line}") from None
     return name

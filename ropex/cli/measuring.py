@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +16,8 @@ import typer
 from rich.table import Table
 
 import ropex
+from ropex._checks import require_length
+from ropex._disk import held, require_room
 from ropex.cli.console import app, clear_errors, log, progress_bar, say, split
 from ropex.cli.console import out as console
 from ropex.cli.job import Job, read_job
@@ -206,12 +212,18 @@ def probe(
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"shifts={shifts!r}: must be tokens such as 16,4096; pass whole numbers")
     moved = [int(part) for part in parts]
+    for shift in moved:
+        require_length("shift", shift)
     job = Job(
         model=model, text=text, methods="none", length=length, bins="1", dtype=dtype.value, device=device, out=out
     )
     job.check()
     texts = _texts(job)
-    folder = _folder(job, "probe")
+    with _folder(job, "probe") as folder:
+        _probe(job, texts, moved, folder)
+
+
+def _probe(job: Job, texts: Texts, moved: list[int], folder: Path) -> None:
     loaded = _load(job)
     document = _documents(job, texts, loaded)[0]
     geometry = ropex.inspect(loaded.model).geometry
@@ -224,7 +236,7 @@ def probe(
     table = Table("rotated by", "moved by", "nats per token", "change, rms", "largest")
     for row in rows:
         table.add_row(row.way, f"{row.shift:,}", f"{row.nll:.4f}", f"{row.rms:.1e}", f"{row.largest:.1e}")
-    say(f"{loaded.name} in {dtype.value}: change of a token's log-probability when the text moves, nats:")
+    say(f"{loaded.name} in {job.dtype}: change of a token's log-probability when the text moves, nats:")
     console.print(table)
     table = Table("positions below", "transformers' float32 angles", "exact angles")
     for length, errors in angles.items():
@@ -245,7 +257,11 @@ def _run(job: Job, command: str) -> None:
     # All that can be wrong without the model is found before the model is loaded.
     job.check()
     texts = _texts(job) if job.length else Texts([], [], "")
-    folder = _folder(job, command)
+    with _folder(job, command) as folder:
+        _measure(job, command, texts, folder)
+
+
+def _measure(job: Job, command: str, texts: Texts, folder: Path) -> None:
     loaded = _load(job)
     found = _documents(job, texts, loaded) if job.length else []
     geometry = ropex.inspect(loaded.model).geometry
@@ -300,16 +316,39 @@ def _texts(job: Job) -> Texts:
     return load_texts(None if job.text is None else Path(job.text))
 
 
-def _folder(job: Job, command: str) -> Path:
-    folder = Path(job.out) if job.out else Path("ropex-results") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
-    # What was made of cells is made again of more cells; anything else would be lost.
-    if (folder / f"{command}.json").exists() and not (folder / CELLS).exists():
-        raise ValueError(f"out {str(folder)!r}: holds a result that would be lost; pass another folder")
+@contextmanager
+def _folder(job: Job, command: str) -> Iterator[Path]:
+    """The folder for the results, of this run alone while it lasts.
+
+    Raises:
+        ValueError: it holds a result that would be lost, or another run uses it.
+        OSError: it cannot be written.
+    """
     try:
+        folder = Path(job.out) if job.out else _new_folder(command)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"out {str(folder)!r}: must be a folder that can be made; {error.strerror}") from error
-    return folder
+        raise ValueError(f"out {str(job.out)!r}: must be a folder that can be made; {error.strerror}") from error
+    # Of several ranks the first one measures, and the others find what it has finished.
+    with held(folder / ".ropex-run.lock", wait=int(os.environ.get("RANK", 0)) > 0):
+        # What was made of cells is made again of more cells; anything else would be lost.
+        if (folder / f"{command}.json").exists() and not (folder / CELLS).exists():
+            raise ValueError(f"out {str(folder)!r}: holds a result that would be lost; pass another folder")
+        require_room(folder)
+        yield folder
+
+
+def _new_folder(command: str) -> Path:
+    """One that no other run has, also of those that begin in the same second."""
+    parent = Path("ropex-results")
+    parent.mkdir(exist_ok=True)
+    name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError  # it counts on
 
 
 def _load(job: Job) -> LoadedModel:

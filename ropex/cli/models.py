@@ -42,7 +42,7 @@ def inspect(
     if why:
         for number, step in enumerate(ropex.patching.explain(model), 1):
             say(f"{number}. {step}")
-    if (directory / DESCRIPTION).is_file():
+    if (directory / DESCRIPTION).exists():
         ropex.load(model, directory)
     say(ropex.inspect(model))
 

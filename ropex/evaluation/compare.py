@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from ropex._checks import require_int
+from ropex._checks import require_int, require_list, require_path, require_type
 from ropex._version import __version__
 from ropex.evaluation.documents import Document, as_documents
 from ropex.evaluation.losses import Progress, vocabulary_size
@@ -112,22 +112,32 @@ def compare_methods(
     Raises:
         ValueError: nothing to measure, a method named `truncated`, or what the measurements raise.
     """
+    require_type("schedules", schedules, Mapping, "a dict of schedules by name; pass such as {'yarn': schedule}")
+    for name, schedule in schedules.items():
+        require_type(
+            f"schedules[{name!r}]", schedule, FrequencySchedule, 'a schedule; pass ropex.schedule("yarn", ...)'
+        )
+    for what, values in (("tasks", tasks), ("lengths", lengths), ("depths", depths)):
+        require_list(what, values, "names" if what == "tasks" else "numbers")
+    require_type("documents", documents, (Sequence, Tensor, Document), "documents, or token ids; pass a list of them")
     if TRUNCATED in schedules:
         raise ValueError(
             f"schedules with the name {TRUNCATED!r}: it is the row of the unpatched model; pass another name"
         )
     if tasks and (tokenizer is None or not lengths):
         raise ValueError("tasks without a tokenizer and lengths: must have both; pass tokenizer= and lengths=")
-    found = as_documents(documents, vocabulary_size(model)) if len(documents) else []
+    any_given = isinstance(documents, Tensor) or len(documents) > 0
+    found = as_documents(documents, vocabulary_size(model)) if any_given else []
     if not found and not tasks:
         raise ValueError("nothing to measure: must have documents or tasks; pass documents=, tasks=, or both")
-    require_int("samples", samples, minimum=1, remedy="pass how many texts to read at each length")
+    require_int("samples", samples, minimum=1, maximum=10**6, remedy="pass how many texts to read at each length")
+    path = None if cells is None else require_path("cells", cells)
     inspection = inspect(model)
     methods = [_Method(name, schedule, None, on_scaled) for name, schedule in schedules.items()]
     methods.append(_Method(TRUNCATED, None, inspection.length, on_scaled))
     about = {"model": fingerprint(model), "ropex": __version__}
     state = "" if cells is None else f", weights and tokenizer {contents(model, tokenizer)}"
-    store = Cells(None if cells is None else Path(cells), about, state)
+    store = Cells(path, about, state)
     edges = bin_edges(bins, min(map(len, found))) if found else []
     digests = [_document_digest(document) for document in found]
     perplexity = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ropex._checks import require_number
+from ropex._checks import require_list, require_number, require_type
 
 __all__ = ["LossCurve", "effective_length", "fit_loss_curve"]
 
@@ -34,6 +34,9 @@ def effective_length(results: Mapping[int, float], threshold: float) -> int | No
     Reference: Hsieh et al., RULER, 2024, arXiv:2404.06654, section 4.
     """
     require_number("threshold", threshold, minimum=-math.inf, remedy="pass a score")
+    require_type("results", results, Mapping, "a dict of scores by length; pass such as {4096: 0.9}")
+    for length in results:
+        require_number("length", length, minimum=0, strict=True, remedy="pass tokens")
     if not results:
         raise ValueError("results={}: must hold a score for at least one length; pass such as {4096: 0.9}")
     reached = None
@@ -84,14 +87,16 @@ def fit_loss_curve(lengths: Sequence[float], losses: Sequence[float]) -> LossCur
 
     Reference: Xiong et al., Effective Long-Context Scaling of Foundation Models, 2023, arXiv:2309.16039, eq. 1.
     """
+    require_list("lengths", lengths, "tokens")
+    require_list("losses", losses, "nats per token")
+    for length, loss in zip(lengths, losses, strict=False):
+        require_number("length", length, minimum=0, strict=True, remedy="pass tokens")
+        require_number("loss", loss, minimum=-math.inf, remedy="pass nats per token")
     if len(lengths) != len(losses) or len(losses) < 4 or len(set(lengths)) < len(lengths):
         raise ValueError(
             f"{len(lengths)} lengths and {len(losses)} losses: must be as many, at least four, and no length twice; "
             "pass more points"
         )
-    for length, loss in zip(lengths, losses, strict=True):
-        require_number("length", length, minimum=0, strict=True, remedy="pass tokens")
-        require_number("loss", loss, minimum=-math.inf, remedy="pass nats per token")
     x = torch.tensor(lengths, dtype=torch.float64)
     y = torch.tensor(losses, dtype=torch.float64)
     scale = x.log().mean().exp()

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropex._checks import describe, first_line, require_int, require_length
+from ropex._checks import (
+    describe,
+    first_line,
+    require_int,
+    require_length,
+    require_list,
+    require_text,
+    require_tokenizer,
+    require_type,
+)
 
 __all__ = ["Document", "TextFile", "as_documents", "bos_of", "documents"]
 
@@ -115,7 +124,12 @@ def documents(
     Example:
         >>> documents(open("book.txt").read(), tokenizer, length=16384)  # doctest: +SKIP
     """
+    if isinstance(texts, Tensor) or not isinstance(texts, str | TextFile | Iterable):
+        raise ValueError(f"texts of the type {type(texts).__name__}: must be a text or several; pass a list of them")
     found = [texts] if isinstance(texts, str | TextFile) else list(texts)
+    for text in found:
+        require_type("texts with", text, (str, TextFile), "a text; pass texts, not token ids")
+    require_list("names", names, "texts")
     if length is not None:
         require_length("length", length, minimum=2, remedy="pass the tokens of a document, or None")
     if limit is not None:
@@ -181,6 +195,7 @@ def _growing(text: str | TextFile, tokenizer: Any, size: int) -> Iterator[tuple[
 
 def bos_of(tokenizer: Any) -> int | None:
     """The id that a tokenizer puts before every text by its own convention, or None."""
+    require_tokenizer(tokenizer)
     bos = tokenizer.bos_token_id
     if bos is None:
         return None
@@ -229,6 +244,7 @@ def _encoded(text: str, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
     """The ids of a text without special tokens, and the bytes of each where the tokenizer tells its place."""
     fast = bool(getattr(tokenizer, "is_fast", False))
     # Not verbose: that a text is longer than the trained length is why it is here.
+    require_text("text", text)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
     tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)
     if not fast:

@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ropex._checks import require_text
+
 __all__ = [
     "Draft",
     "Question",
@@ -74,6 +76,7 @@ def prose_lines(prose: str | None) -> list[str]:
         from pydoc_data import topics
 
         prose = "\n\n".join(topics.topics.values())
+    require_text("prose", prose)
     lines = [line.strip() + "\n" for line in prose.splitlines() if line.strip()]
     if not lines:
         raise ValueError("prose='': must not be empty; pass a text, or None for Python's language reference")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ropex._checks import first_line
+from ropex._checks import first_line, require_path
 from ropex._disk import unfinished_folder
 from ropex.evaluation.documents import TextFile
 from ropex.patching import empty_model
@@ -48,7 +48,10 @@ def load_model(name: str | None = None, *, dtype: torch.dtype = torch.float32, d
         path = _default_gguf()
         title = f"SmolLM2-135M-Instruct Q4_1 ({_DEFAULT_PACKAGE} {version(_DEFAULT_PACKAGE)})"
     else:
-        path = Path(name).expanduser()
+        try:
+            path = require_path("model", name).expanduser()
+        except RuntimeError as error:  # of a user that there is not
+            raise ValueError(f"model {name!r}: {first_line(error)}; pass a path that there is") from error
         title = path.name if path.exists() else name
         # A hub name is `name` or `owner/name`; anything else was meant as a path.
         looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".gguf"
@@ -62,8 +65,9 @@ def load_model(name: str | None = None, *, dtype: torch.dtype = torch.float32, d
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        given = {"local_files_only": local.exists(), "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(source, **given)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **given)
     except Exception as error:  # a broken directory can fail in as many ways as there are files in it
         where = "directory" if path.exists() else "neither a local path nor a model that the hub gave"
         raise ValueError(f"model {name!r} ({where}) cannot be loaded: {first_line(error)}") from error
@@ -76,8 +80,6 @@ def load_empty_model(directory: Path) -> Any:
     Raises:
         ValueError: no config, or one that transformers cannot make a model of.
     """
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{str(directory)!r}: must be a directory with config.json; pass the model's directory")
     return empty_model(directory)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from ropex._checks import require_choice, require_int
+from ropex._checks import require_choice, require_int, require_list
 from ropex.evaluation.losses import Progress, evaluating, vocabulary_size
 from ropex.evaluation.reading import Continuation, Reader, encode_pair, one_length
 from ropex.evaluation.results import write_csv
@@ -149,9 +149,10 @@ def retrieval(
     """
     chosen = find_task(task)
     for name, value in (("lengths", lengths), ("depths", depths)):
-        if not isinstance(value, Sequence) or not value or isinstance(value, str):
+        require_list(name, value, "numbers")
+        if not value:
             raise ValueError(f"{name}={value!r}: must be a list with at least one number; pass one")
-    require_int("samples", samples, minimum=1, remedy="pass how many texts to read at each length")
+    require_int("samples", samples, minimum=1, maximum=10**6, remedy="pass how many texts to read at each length")
     records: list[Record] = []
     rounds = [(length, number) for length in lengths for number in range(samples)]
     for i, (length, number) in enumerate(rounds):

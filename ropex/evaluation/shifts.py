@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ropex._checks import require_int
+from ropex._checks import require_int, require_list
 from ropex.evaluation.documents import as_documents
 from ropex.evaluation.losses import Progress, evaluating, token_losses, vocabulary_size
 from ropex.patching import Patch, find_patch, inspect, patch
@@ -67,6 +67,7 @@ def shift_deviation(
     """
     if find_patch(model) is not None:
         raise ValueError(f"{type(model).__name__} is patched: must not be, to be compared; call ropex.unpatch(model)")
+    require_list("shifts", shifts, "tokens")
     if not shifts:
         raise ValueError("shifts=[]: must hold at least one number of tokens; pass such as [16, 4096]")
     for shift in shifts:

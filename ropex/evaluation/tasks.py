@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ropex._checks import require_int, require_length, require_number
+from ropex._checks import require_int, require_length, require_list, require_number, require_tokenizer
 from ropex.evaluation import drafts
 from ropex.evaluation.documents import bos_of
 from ropex.evaluation.drafts import Draft, Question
@@ -93,14 +93,17 @@ class Task:
         Raises:
             ValueError: a length that does not hold the facts and the question, a depth beyond 0 .. 1.
         """
+        require_tokenizer(tokenizer)
         require_length("length", length, minimum=2)
+        require_int("seed", seed, minimum=0, remedy="pass a number for the texts")
+        require_list("depths", depths, "shares of the text")
+        for depth in depths:
+            require_number("depth", depth, minimum=0, maximum=1, remedy="pass a share of the text")
         require_int("number", number, minimum=0, remedy="pass which sample to make")
         if self.name == "first_sentence":
             depths = (0.0,)
         if not depths or len(set(depths)) < len(depths):
             raise ValueError(f"depths={depths!r}: must hold at least one depth, and each once; pass such as (0.1, 0.9)")
-        for depth in depths:
-            require_number("depth", depth, minimum=0, maximum=1, remedy="pass a share of the text")
         lines = drafts.prose_lines(prose)
         groups = [list(depths)] if self.shared else [[depth] for depth in depths]
         made = []

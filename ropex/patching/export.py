@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ropex._checks import require_choice
+from ropex._checks import require_choice, require_path
 from ropex._disk import unfinished_folder
 from ropex.patching import files
 from ropex.patching.attention import settings_under
@@ -30,6 +30,7 @@ from ropex.scaling import LongRoPE
 __all__ = ["Export", "Target", "export"]
 
 Target = Literal["transformers", "vllm", "gguf"]
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}  # nothing is downloaded, and no code of a model is run
 # The names under which a checkpoint holds what a method has learned.
 _LEARNED = re.compile(r"\.ropes\.\w+\.(learned\.|step$)")
 
@@ -84,20 +85,18 @@ def export(
         ValueError: files that do not fit, a method that the engine cannot be told, or an engine that would ignore it.
     """
     require_choice("to", to, get_args(Target))
-    saved = files.read(directory)
+    saved, out = files.read(directory), require_path("out", out)
     if to == "gguf":
-        reach, amplitude = write_gguf(saved, Path(out), model, length)
+        reach, amplitude = write_gguf(saved, out, model, length)
         inexact = (
             "llama.cpp multiplies by the amplitude as rope.scaling.attn_factor, which builds before 2024 do not read"
         )
         command = f"llama-server -m {out} -c {reach}"
-        return Export(Path(out), "rope_freqs", reach, command, (inexact,) if amplitude != 1 else ())
-    source, out = Path(model if model is not None else directory), Path(out)
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source}: must hold the model's config.json; pass model=, the model's directory")
+        return Export(out, "rope_freqs", reach, command, (inexact,) if amplitude != 1 else ())
+    source = saved.directory if model is None else require_path("model", model)
+    config = read_config(source)
     for each in (source, saved.directory):
         _require_apart(each, out)
-    config = read_config(source)
     patch = load(empty_model(source), saved.directory)  # which the patch must fit
     before = config.get("text_config", config).get(_length_key(patch.rotary))
     parameters, reach = _write_method(saved, config, length, to, patch)
@@ -153,6 +152,10 @@ def read_config(source: Path) -> dict[str, Any]:
     path = source / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{str(source)[:300]!r}: must be a directory with config.json; {error.strerror}; pass the model's directory"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be a model's config in JSON, and is not ({error}); copy it anew") from error
     if not isinstance(config, dict):
@@ -171,13 +174,13 @@ def empty_model(source: Path) -> Any:
     failure: Exception | None = None
     read_config(source)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **_LOCAL)
     except Exception as error:  # a broken config can fail in as many ways as it has keys
         raise ValueError(f"{str(source)!r}: its config.json cannot be loaded: {error}") from error
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM):
         try:
             with torch.device("meta"):
-                return auto.from_config(config)
+                return auto.from_config(config, trust_remote_code=False)
         except Exception as error:  # in a class of its own
             failure = failure or error
     raise ValueError(f"{str(source)!r}: its config.json cannot be loaded: {failure}") from failure
@@ -236,7 +239,7 @@ def _require_read_back(
     if rotary.unchanged and length is None:
         return
     rope = saved.scaled_rope()
-    config = text_config(AutoConfig.from_pretrained(new))
+    config = text_config(AutoConfig.from_pretrained(new, **_LOCAL))
     read = rope_parameters(config, rope.layer_type)
     read["max_position_embeddings"] = config.max_position_embeddings
     said = {**parameters, "max_position_embeddings": reach}

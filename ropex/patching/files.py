@@ -20,6 +20,7 @@ from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from ropex._checks import require_path
 from ropex._disk import writing
 from ropex._version import __version__
 from ropex.patching.detect import find_active
@@ -163,16 +164,21 @@ def save(model: nn.Module, directory: str | Path) -> None:
     }
     content["hash"] = _hash(content)
     text = json.dumps(content, indent=2) + "\n"
-    directory = Path(directory)
+    directory = require_path("directory", directory)
     directory.mkdir(parents=True, exist_ok=True)
     name = None if data is None else _weights_name(_hash_of(data))
     with writing(directory) as put:
+        before = {path.name for path in directory.iterdir() if _WEIGHTS.fullmatch(path.name)}
         if name is not None and data is not None:
             put(name, functools.partial(Path.write_bytes, data=data))
-        put(DESCRIPTION, functools.partial(Path.write_text, data=text, encoding="utf-8"))
-        for old in directory.iterdir():
-            if _WEIGHTS.fullmatch(old.name) and old.name != name:
-                old.unlink()
+        try:
+            put(DESCRIPTION, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+        except BaseException:
+            if name is not None and name not in before:
+                (directory / name).unlink()
+            raise
+        for old in before - {name}:
+            (directory / old).unlink()
 
 
 def read(directory: str | Path) -> Saved:
@@ -181,7 +187,7 @@ def read(directory: str | Path) -> Saved:
     Raises:
         ValueError: they are not.
     """
-    directory = Path(directory)
+    directory = require_path("directory", directory)
     path = directory / DESCRIPTION
     content = _description(directory)
     weights: dict[str, Tensor] = {}
@@ -210,10 +216,14 @@ def read(directory: str | Path) -> Saved:
 def _description(directory: Path) -> dict[str, Any]:
     """What `ropex.json` says, each field of the kind that it must have."""
     path = directory / DESCRIPTION
-    if not path.is_file():
-        raise ValueError(f"{directory}: must be a directory with {DESCRIPTION}; pass one that Patch.save wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{directory}: must be a directory with {DESCRIPTION}; pass one that Patch.save wrote"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path}: must be a file that can be read; {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON, and is not ({error}); save the patch anew") from error
     number = content.get("format") if isinstance(content, dict) else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ropex._checks import require_path
 from ropex._disk import unfinished_folder
 from ropex.patching.files import Saved
 from ropex.patching.native import divisors_of
@@ -29,7 +30,7 @@ def write_gguf(saved: Saved, out: Path, model: str | Path | None, length: int | 
         import gguf
     except ImportError as error:
         raise ValueError('to="gguf" needs the gguf package: pip install gguf') from error
-    source = Path(model) if model is not None else _one_file(saved.directory)
+    source = require_path("model", model) if model is not None else _one_file(saved.directory)
     if out.exists() or out.is_symlink():
         raise ValueError(f"out={str(out)!r}: exists; pass a new file name")
     try:

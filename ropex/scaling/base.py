@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ropex import draws
-from ropex._checks import require_bool, require_choice, require_length, require_number
+from ropex._checks import LONGEST, require_bool, require_choice, require_length, require_number, require_type
 from ropex.rotation import Geometry, Request, Rotation, widest_float
 
 __all__ = ["FrequencySchedule", "Wrapper"]
@@ -63,6 +63,7 @@ class FrequencySchedule(abc.ABC):
 
     def at(self, geometry: Geometry, *, length: int, device: torch.device | str | None = None) -> Rotation:
         """The rotation of positions 0 .. length - 1, one row, in evaluation mode; for plots, exports and tests."""
+        require_type("geometry", geometry, Geometry, "a ropex.Geometry; pass Geometry(dim=, base=, trained_length=)")
         require_length("length", length)
         positions = torch.arange(length, device=device)[None]
         return self.rotation(Request(geometry, positions, torch.tensor(length, device=device)))
@@ -130,7 +131,9 @@ def option_names(schedule: type[FrequencySchedule], *, required: bool = False) -
 
 
 def require_factor(factor: object) -> None:
-    require_number("factor", factor, minimum=1, remedy="pass target length / trained length, such as factor=4")
+    remedy = "pass target length / trained length, such as factor=4"
+    require_number("factor", factor, minimum=1, remedy=remedy)
+    require_number("factor", factor, minimum=1, maximum=LONGEST, remedy=remedy)  # the limit is told where it is passed
 
 
 def require_floor(floor: object) -> None:

@@ -154,8 +154,12 @@ class CLEX(_Equation, FrequencySchedule):
     augments = True
     length_dependent = True  # unless the factor is given
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> CLEX:
+        made = super().__new__(cls)
+        nn.Module.__init__(made)  # before the first option is set, whatever it is
+        return made
+
     def __post_init__(self) -> None:
-        super().__init__()
         _check(self)
         self.length_dependent = self.factor is None
         if self.dim is not None:
@@ -180,7 +184,8 @@ class CLEX(_Equation, FrequencySchedule):
 
 
 def _check(clex: CLEX) -> None:
-    require_int("max_factor", clex.max_factor, minimum=2, remedy="pass the largest factor to train for, such as 16")
+    largest = "pass the largest factor to train for, such as 16"
+    require_int("max_factor", clex.max_factor, minimum=2, maximum=4096, remedy=largest)
     if clex.factor is not None:
         require_number(
             "factor",
@@ -192,7 +197,7 @@ def _check(clex: CLEX) -> None:
     if clex.dim is not None:
         require_dim(clex.dim)
     require_number("step", clex.step, minimum=1e-3, remedy="pass the solver's step, such as 0.5")
-    require_int("width", clex.width, minimum=1, remedy="pass the net's hidden units over dim")
+    require_int("width", clex.width, minimum=1, maximum=4096, remedy="pass the net's hidden units over dim")
     require_choice("activation", clex.activation, _ACTIVATIONS)
     if clex.net_base is not None:
         require_number(

@@ -90,7 +90,8 @@ def accepted_options(name: str, inner: str | FrequencySchedule | None = None) ->
     """
     cls = schedule_class(name)
     options = option_names(cls)
-    if issubclass(cls, Wrapper) and not isinstance(inner := inner or cls.default_inner, FrequencySchedule):
+    inner = cls.default_inner if inner is None and issubclass(cls, Wrapper) else inner
+    if issubclass(cls, Wrapper) and not isinstance(inner, FrequencySchedule):
         if not isinstance(inner, str):
             raise ValueError(
                 f'inner={inner!r}: must be a method\'s name or a schedule; pass inner="{cls.default_inner}"'
@@ -139,7 +140,7 @@ def schedule(name: str, **options: Any) -> FrequencySchedule:
 
 def _with_inner(cls: type[Wrapper], inner: str | None = None, **options: Any) -> dict[str, Any]:
     """A wrapper's options, with the inner schedule made of those that are meant for it."""
-    inner = inner or cls.default_inner
+    inner = cls.default_inner if inner is None else inner
     accepted = accepted_options(inner)
     meant = {name: value for name, value in options.items() if name in accepted}
     kept = {name: value for name, value in options.items() if name not in meant}
@@ -151,7 +152,7 @@ def target_option(method: str, inner: str | FrequencySchedule | None = None) -> 
     cls = schedule_class(method)
     if not issubclass(cls, Wrapper):
         return cls.target
-    inner = inner or cls.default_inner
+    inner = cls.default_inner if inner is None else inner
     if not isinstance(inner, FrequencySchedule) and (target := target_option(inner)):
         return target
     return "factor" if "factor" in option_names(cls) else None
