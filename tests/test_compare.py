@@ -241,6 +241,45 @@ def test_a_result_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest
     assert sorted(each.name for each in tmp_path.iterdir()) == ["cells.json", "result.json"]
 
 
+RANKS = """
+import sys
+from pathlib import Path
+import torch, torch.distributed as distributed
+from ropex.evaluation import compare_methods
+from ropex.evaluation.results import Cells
+from tests.test_compare import SCHEDULES, TOKENS, EDGES, tiny_model
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+model, written, write = tiny_model("llama"), [], Cells._write
+Cells._write = lambda self, path: (written.append(path), write(self, path))
+for _ in range(2):
+    result = compare_methods(model, SCHEDULES, documents=[TOKENS], bins=EDGES, cells=folder / "cells.json")
+print(len(written), result["perplexity"]["results"]["pi"]["seconds"])
+(folder / "cells.json").write_text("{")
+distributed.barrier()
+try:
+    compare_methods(model, SCHEDULES, documents=[TOKENS], bins=EDGES, cells=folder / "cells.json")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_one_rank_writes_and_the_others_wait(tmp_path: Path) -> None:
+    """What one has finished, or could not, is the same on all."""
+    root = Path(__file__).parents[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root
+        )
+        for rank in range(2)
+    ]
+    first, second = (process.communicate(timeout=120)[0].splitlines() for process in ranks)
+    assert [line.split()[0] for line in (first[0], second[0])] == ["5", "0"], "twice at the start, and three parts"
+    assert first[0].split()[1] == second[0].split()[1]
+    assert "must hold the finished parts of a measurement" in first[1]
+    assert first[1] == second[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

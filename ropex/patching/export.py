@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import re
 import shutil
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ropex._checks import require_choice, require_path
+from ropex._checks import first_line, require_choice, require_path
 from ropex._disk import unfinished_folder
 from ropex.patching import files
 from ropex.patching.attention import settings_under
@@ -335,15 +336,23 @@ def _for_vllm(saved: files.Saved, parameters: dict[str, Any], axes: tuple[int, .
 def _drop_learned(out: Path) -> None:
     """Rewrite the weights without what a method has learned, which is in the config by now."""
     for path in sorted(out.glob("*.safetensors")):
-        with safe_open(path, "pt") as weights:
-            names = list(weights.keys())
-            if not any(map(_LEARNED.search, names)):
-                continue
-            kept = {name: weights.get_tensor(name) for name in names if not _LEARNED.search(name)}
-            metadata = weights.metadata()
-        save_file(kept, path, metadata)
+        try:
+            with safe_open(path, "pt") as weights:
+                names = list(weights.keys())
+                if not any(map(_LEARNED.search, names)):
+                    continue
+                kept = {name: weights.get_tensor(name) for name in names if not _LEARNED.search(name)}
+                metadata = weights.metadata()
+            save_file(kept, path, metadata)
+        except SafetensorError as error:
+            raise ValueError(f"{path.name}: cannot be read and written: {first_line(error)}") from error
     for path in sorted(out.glob("pytorch_model*.bin")):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{path.name}: must hold tensors and nothing else: {first_line(error)}; save the model as safetensors"
+            ) from error
         if any(map(_LEARNED.search, state)):
             torch.save({name: value for name, value in state.items() if not _LEARNED.search(name)}, path)
     for index in (*out.glob("*.safetensors.index.json"), *out.glob("*.bin.index.json")):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import ropex
+from ropex.patching import cache_of
 from ropex.patching.swap import Rotating
 from tests.families import model_of
 
@@ -63,7 +64,7 @@ def caches_without_a_collector(count: int) -> dict[str, Any]:
     try:
         for _ in range(count):
             with torch.no_grad():
-                cache = model(input_ids=torch.arange(8)[None], use_cache=True).past_key_values
+                cache = cache_of(model(input_ids=torch.arange(8)[None], use_cache=True))
             alive = weakref.ref(cache)
             del cache
             kept += alive() is not None
