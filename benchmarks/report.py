@@ -21,8 +21,11 @@ FAMILIES = PAGE.with_name("families.md")
 SERVING = PAGE.with_name("serving.md")
 CHOOSING = PAGE.with_name("choosing.md")
 EVALUATION = PAGE.with_name("evaluation.md")
+RELIABILITY = PAGE.with_name("reliability.md")
 README_METHODS = ("none", "truncated", "linear", "ntk, alpha 2", "ntk, alpha 4", "dynamic_ntk", "yarn")
 END = "<!-- end -->"
+NEVER = {"foreign": "errors that are not ours", "failed": "tracebacks or other codes"}
+_NO_FIGURES = ("what", "tried", "minutes")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -451,6 +454,23 @@ In a training step of {result["training"]["model"]} on {result["training"]["toke
 """
 
 
+def reliability() -> str:
+    result = load("reliability.json")
+    names = ("lost", "half patched", "left behind", "crashed", "failed", "foreign")
+    rows = []
+    for each in result["experiments"].values():
+        never = [f"{each[name]} {NEVER.get(name, name)}" for name in names if name in each]
+        others = [f"{name} {value}" for name, value in each.items() if name not in {*names, *_NO_FIGURES}]
+        rows.append([each["what"], f"{each['tried']:,}", ", ".join(never), ", ".join(others)])
+    digest = result["digest"]
+    return f"""{table(["what", "tried", "what should never happen", "besides"], rows)}
+
+The digest of all weights, once per run, takes as long as {digest["forward passes of 512 tokens"]} forward passes
+over 512 tokens, of {digest["model"]} ({digest["bytes"] / 1e6:.0f} MB) on one thread.
+
+`make chaos` ([JSON](../benchmarks/results/reliability.json)). {environment(result)}"""
+
+
 def page() -> str:
     head = "# Results\n\nMade from the JSON in `benchmarks/results` by `python -m benchmarks.report`.\n"
     rotation = "## What a rotation costs\n\n" + speed()
@@ -485,6 +505,7 @@ def pages() -> dict[Path, str]:
             precision_patch=precision_patch(),
         ),
         FAMILIES: families_page(),
+        RELIABILITY: filled(RELIABILITY, reliability=reliability()),
         SERVING: filled(SERVING, engines=engines_table(), llama_cpp=llama_cpp_table()),
     }
 

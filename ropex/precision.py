@@ -112,7 +112,9 @@ def probe_precision(
     Reference: Wang et al., When Precision Meets Position: BFloat16 Breaks Down RoPE in Long-Context Training, 2024,
     arXiv:2411.13476, section 3.
     """
-    require_type("shifts", shifts, Iterable, "a list of tokens; pass such as [16, 4096]")
+    if isinstance(shifts, Tensor) or not isinstance(shifts, Iterable):
+        raise ValueError(f"shifts={shifts!r}: must be a list of tokens; pass such as [16, 4096]")
+    require_type("k", k, Tensor, "a tensor; pass keys beside the queries")
     shifts = list(shifts)
     if not shifts:
         raise ValueError("shifts=[]: must hold at least one number of tokens; pass such as [16, 4096]")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ropex._checks import describe, require_int, require_length
+from ropex._checks import describe, require_int, require_length, require_type
 from ropex.draws import sample_keys
 from ropex.rotation import Geometry, Request, Rotation
 from ropex.scaling import FrequencySchedule
@@ -83,6 +83,7 @@ class RotaryEmbedding(nn.Module):
             length: int64 [batch], the context length in tokens that a length-dependent schedule serves; None: each
                 row's largest position + 1. A pinned length goes before both.
         """
+        require_type("positions", positions, Tensor, "a tensor of integers, [batch, seq]; pass position ids")
         if positions.dim() != 2 or positions.is_floating_point():
             raise ValueError(
                 f"positions {describe(positions)}: must be integers [batch, seq]; multi-axis and fractional positions "

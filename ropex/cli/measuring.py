@@ -329,8 +329,8 @@ def _folder(job: Job, command: str) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out {str(job.out)!r}: must be a folder that can be made; {error.strerror}") from error
-    # Of several ranks the first one measures, and the others find what it has finished.
-    with held(folder / ".ropex-run.lock", wait=int(os.environ.get("RANK", 0)) > 0):
+    # Of several ranks one measures, and the others find what it has finished.
+    with held(folder / ".ropex-run.lock", wait=int(os.environ.get("WORLD_SIZE", 1)) > 1):
         # What was made of cells is made again of more cells; anything else would be lost.
         if (folder / f"{command}.json").exists() and not (folder / CELLS).exists():
             raise ValueError(f"out {str(folder)!r}: holds a result that would be lost; pass another folder")

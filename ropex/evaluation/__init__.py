@@ -2,7 +2,7 @@
 
 from ropex.evaluation.compare import compare_methods
 from ropex.evaluation.curves import LossCurve, effective_length, fit_loss_curve
-from ropex.evaluation.documents import Document, documents
+from ropex.evaluation.documents import Document, TextFile, documents
 from ropex.evaluation.key_tokens import KeyTokenPerplexity, long_ppl
 from ropex.evaluation.lm_harness import harness
 from ropex.evaluation.perplexity import PerplexityByLength, perplexity_by_length
@@ -20,6 +20,7 @@ __all__ = [
     "Sample",
     "ShiftDeviation",
     "Task",
+    "TextFile",
     "compare_methods",
     "documents",
     "effective_length",

@@ -122,9 +122,14 @@ def export(
         _drop_learned(new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _update_lengths(new, before, reach)
-        if out.exists():
-            out.rmdir()  # empty, as was checked
-        new.replace(out)
+        try:
+            if out.exists():
+                out.rmdir()  # empty, as was checked
+            new.replace(out)
+        except OSError as error:  # it is no longer empty
+            raise ValueError(
+                f"out={str(out)!r}: must be a new directory; {error.strerror}; pass another one"
+            ) from error
     commands = {
         "transformers": f'AutoModelForCausalLM.from_pretrained("{out}")',
         "vllm": f"vllm serve {out} --max-model-len {reach}",

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
 from ropex import draws
-from ropex._checks import describe, require_choice, require_int, require_length
+from ropex._checks import describe, require_choice, require_int, require_length, require_list
 from ropex.rotation import Request, Rotation
 from ropex.scaling.base import Wrapper, innermost, looked_up, moved, option_names, require_factor, require_key
 
@@ -181,6 +181,7 @@ class PoSECollator:
             )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        require_list("features", features, "samples with input_ids")
         if not features:
             raise ValueError("features of no sample: must be at least one; check the batch size and the sampler")
         draw = torch.randint(2**62, (), generator=self.generator)

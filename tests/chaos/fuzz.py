@@ -29,10 +29,10 @@ from ropex.evaluation import (
     shift_deviation,
     tasks,
 )
-from ropex.kernels import rotate, rotate_with_table, table
+from ropex.kernels import norm_rotate, rotate, rotate_with_table, table
 from ropex.patching import explain
-from ropex.precision import angle_error
-from ropex.scaling import from_dict
+from ropex.precision import angle_error, probe_precision
+from ropex.scaling import PoSECollator, from_dict
 from ropex.scaling.registry import accepted_options
 from tests.chaos.interrupts import state_of
 from tests.oracles import byte_tokenizer, tiny_model, tiny_tokens
@@ -43,8 +43,8 @@ JUNK: list[Any] = [
     0.0, -0.0, 0.5, 1.5, 1e308, 5e-324, float("nan"), float("inf"), -float("inf"),
     "", "x", "yarn", "1", "4", "auto", "none", "a" * 5000, "\0", "\ud800", "λ", b"", b"yarn",
     [], [1], [[1]], ["yarn"], [None], (), (1, 2), (1, "x"), {}, {"a": 1}, {1: 2}, {"method": "yarn"}, set(), {1},
-    object, object(), Exception("x"), print, 1j, Decimal("1.5"), Fraction(10, 3), range(3), range(0), Path("x"),
-    slice(2), numpy.float64(1.5), numpy.int64(2), numpy.arange(3), numpy.nan,
+    object, object(), Exception("x"), print, 1j, Decimal("1.5"), Fraction(10, 3), range(3), range(0),
+    Path("/dev/null/x"), slice(2), numpy.float64(1.5), numpy.int64(2), numpy.arange(3), numpy.nan,
     torch.tensor(1), torch.tensor(1.5), torch.tensor([]), torch.tensor([1, 2]), torch.tensor(float("nan")),
     torch.ones(2, 2), torch.zeros(1, dtype=torch.bool), torch.empty(2, device="meta"), torch.float16,
     torch.device("cpu"), torch.device("meta"), torch.nn.Linear(2, 2),
@@ -84,6 +84,12 @@ def loaded(model: Any, **arguments: Any) -> None:
 def pinned(**arguments: Any) -> None:
     with ropex.patch(model(), "dynamic_ntk", factor=2) as patch:
         patch.pin_length(**arguments)
+
+
+def saved(directory: Any) -> None:
+    """In a place of its own; what is no text may be anything."""
+    with tempfile.TemporaryDirectory() as folder, ropex.patch(model(), "clex", factor=2) as patch:
+        patch.save(Path(folder) / directory if isinstance(directory, str) else directory)
 
 
 def exported(directory: Any, to: Any, out: Any, **options: Any) -> None:
@@ -154,6 +160,13 @@ def calls() -> tuple[Call, ...]:
         ),
         Call(rotate, q=q, k=q, rotation=rotation, layout="half", order="bhsd", angles="exact", backend="auto"),
         Call(rotate_with_table, q=q, k=q, cos=cos, sin=sin, layout="half", order="bhsd", backend="auto"),
+        Call(norm_rotate, q=q, k=q, rotation=rotation, q_weight=torch.ones(8), k_weight=torch.ones(8), eps=1e-6),
+        Call(probe_precision, q=q, k=q, rotation=rotation, shifts=[4], layout="half"),
+        Call(ropex.RotaryEmbedding(geometry, schedules["pi"]), positions=torch.arange(4)[None]),
+        Call(PoSECollator, window=16, target_length=128, pad_token_id=0, generator=None),
+        Call(PoSECollator(16, 128), features=[{"input_ids": [1, 2, 3]}]),
+        Call(ropex.RopexCallback, max_length=100),
+        Call(saved, directory="new"),
         Call(table, rotation=rotation, angles="exact", dtype=torch.float32),
         Call(angle_error, rotation=rotation, angles="exact", bits=200),
     ]  # fmt: skip
@@ -203,6 +216,10 @@ def fuzz(count: int) -> dict[str, Any]:
             outcome = "refused"
             if len(str(error)) < 20 or type(error) not in (ValueError, ropex.UnsupportedModelError):
                 outcome = "foreign"
+                foreign.append(_described(call, junk, error))
+        except OSError as error:  # which `Patch.save` says that it raises
+            outcome = "refused" if call.function is saved else "foreign"
+            if outcome == "foreign":
                 foreign.append(_described(call, junk, error))
         except Exception as error:
             outcome = "foreign"
