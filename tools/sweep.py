@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "versions.json"
 VERSIONS = ["4.57.6", "5.5.0", "5.14.1", "latest"]
 TESTS = ["patch", "patch_errors", "bad_patches", "families", "generation", "lifecycle", "export", "training"]
+TESTS += ["transactions", "saved", "security"]
 
 
 def environment(directory: Path, version: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import tempfile
 from collections import Counter
@@ -191,6 +192,7 @@ def fuzz(count: int) -> dict[str, Any]:
     outcomes: Counter[str] = Counter()
     foreign: list[str] = []
     signal.signal(signal.SIGALRM, _too_slow)
+    os.chdir(tempfile.mkdtemp(prefix="ropex-fuzz-"))  # where a name such as "yarn" makes a file
     calls()
     plain = state_of(model())
 
