@@ -47,6 +47,8 @@ def test_an_error_of_a_tokenizer_undoes_the_patch(family: str, method: str) -> N
     model = model_of(family)
     before, tokenizer = state_of(model), Refuses(at=1)
     want = logits_of(model, tokens(40))
+    if method == "clex" and sum("rotary_emb" in name for name, _ in model.named_modules()) > 1:
+        pytest.skip("one net for several rotary modules is refused")
     with pytest.raises(RuntimeError, match="this tokenizer is frozen"):
         ropex.patch(model, method, factor=2, tokenizer=tokenizer)
     assert state_of(model) == before

@@ -148,8 +148,8 @@ def drop_hooks(module: nn.Module) -> None:
         hooks, given_kwargs = getattr(module, kind), getattr(module, f"{kind}_with_kwargs")
         for key, hook in list(hooks.items()):
             if getattr(getattr(hook, "func", hook), "__module__", "").startswith("ropex.patching."):
+                given_kwargs.pop(key, None)  # first, so that an interrupt leaves what is found again
                 hooks.pop(key, None)
-                given_kwargs.pop(key, None)
 
 
 def patched_in(module: nn.Module) -> list[PatchedRotary]:
