@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "require_text",
     "require_tokenizer",
     "require_type",
+    "shown",
 ]
 
 LONGEST = 2**28  # tokens, the longest context length that is taken for meant
@@ -41,7 +43,7 @@ def require_number(
         if (value > minimum or (value == minimum and not strict)) and value <= maximum:
             return
     required = f"{'>' if strict else '>='} {minimum:g}{f' and <= {maximum:g}' if maximum < math.inf else ''}"
-    raise ValueError(f"{name}={_shown(value)}: must be a finite number {required}; {remedy}")
+    raise ValueError(f"{name}={shown(value)}: must be a finite number {required}; {remedy}")
 
 
 def require_int(name: str, value: object, *, minimum: int, maximum: int = 2**63 - 1, remedy: str) -> None:
@@ -50,7 +52,7 @@ def require_int(name: str, value: object, *, minimum: int, maximum: int = 2**63 
         return
     beyond = isinstance(value, int) and value > maximum
     raise ValueError(
-        f"{name}={_shown(value)}: must be an int >= {minimum}{f' and <= {maximum}' if beyond else ''}; {remedy}"
+        f"{name}={shown(value)}: must be an int >= {minimum}{f' and <= {maximum}' if beyond else ''}; {remedy}"
     )
 
 
@@ -61,12 +63,16 @@ def require_length(
     require_int(name, value, minimum=minimum, maximum=LONGEST, remedy=remedy)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in a message; Python refuses to write integers of more than 4,300 digits."""
     if isinstance(value, int) and value.bit_length() > 10_000:
         return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 500 else f"{text[:300]}... ({type(value).__name__})"
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()  # of what may be nested or long without end
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 4, 300, 500, 5000
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 12
 
 
 def require_dim(value: object) -> None:
@@ -93,13 +99,13 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 def require_type(name: str, value: object, kinds: type | tuple[type, ...], required: str) -> None:
     """Raise `ValueError` unless `value` is an instance of one of these types; `required` says which, and what to do."""
     if not isinstance(value, kinds):
-        raise ValueError(f"{name}={_shown(value)}: must be {required}")
+        raise ValueError(f"{name}={shown(value)}: must be {required}")
 
 
 def require_list(name: str, value: object, of: str) -> None:
     """Raise `ValueError` unless `value` is a list or another sequence of this, and no text."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise ValueError(f"{name}={_shown(value)}: must be a list of {of}; pass one")
+        raise ValueError(f"{name}={shown(value)}: must be a list of {of}; pass one")
 
 
 def require_path(name: str, value: object) -> Path:
@@ -108,7 +114,7 @@ def require_path(name: str, value: object) -> Path:
     if isinstance(text, str) and text and "\0" not in text and _is_name(text):
         return Path(text)
     raise ValueError(
-        f"{name}={_shown(value)}: must be the path of a file or directory; pass one, whose names have at most 255 bytes"
+        f"{name}={shown(value)}: must be the path of a file or directory; pass one, whose names have at most 255 bytes"
     )
 
 
@@ -134,7 +140,7 @@ def require_text(name: str, value: object) -> None:
 def require_tokenizer(value: object) -> None:
     """Raise `ValueError` unless `value` can be called like a tokenizer of transformers."""
     if not callable(value) or not hasattr(value, "bos_token_id"):
-        raise ValueError(f"tokenizer={_shown(value)}: must be a tokenizer of transformers; pass the model's")
+        raise ValueError(f"tokenizer={shown(value)}: must be a tokenizer of transformers; pass the model's")
 
 
 def describe(x: Tensor) -> str:

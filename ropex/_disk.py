@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import json
 import os
 import secrets
 import shutil
@@ -11,16 +13,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
 except ModuleNotFoundError:  # no such locks on this platform: names that differ must do
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["InUseError", "held", "require_room", "unfinished_folder", "write_text", "writing"]
+__all__ = ["InUseError", "held", "read_object", "require_room", "unfinished_folder", "write_text", "writing"]
 
 _LOCK = ".ropex.lock"
-_PARTIAL, _UNFINISHED, _ROOM = ".ropex-partial-", ".ropex-unfinished-", ".ropex-room"
+_PARTIAL, _UNFINISHED = ".ropex-partial-", ".ropex-unfinished-"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some network file systems
 
 
@@ -29,65 +32,90 @@ class InUseError(ValueError):
 
 
 @contextmanager
-def held(path: Path, *, wait: bool = True) -> Iterator[None]:
+def held(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file, which says the owner's process id; it is let go at the end, or when the process dies.
+
+    Gives whether it is really held: some file systems and platforms have no locks.
 
     Raises:
         InUseError: another one holds it, and this one shall not wait.
         OSError: the file cannot be made.
     """
-    file = _locked(path, wait=wait)
+    file, alone = _locked(path, wait=wait)  # whose end lets the lock go, too, where an interrupt prevents what follows
     try:
-        yield
+        yield alone
     finally:
-        path.unlink(missing_ok=True)  # before it is let go: who has waited for it sees that, and makes a new one
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do where a forked process has a copy
-        os.close(file)
-
-
-def _locked(path: Path, *, wait: bool) -> int:
-    """The file, locked, with the process id in it."""
-    while True:
-        file = -1
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            if not _lock(file, wait=wait):
-                owner = os.pread(file, 20, 0).decode(errors="replace") or "unknown"
-                place = str(path.parent)
-                raise InUseError(
-                    f"{place!r}: is in use by process {owner}; wait until it has ended, or pass another folder"
-                )
-            if os.fstat(file).st_nlink:
-                _sign(file, path)
-                return file
-        except BaseException as error:
-            if file >= 0:
-                os.close(file)
-            if isinstance(error, OSError):
-                error.filename = str(path.parent)
-            raise
-        os.close(file)  # its owner has let it go in the meantime
+            if fcntl is not None:  # before it is let go: who has waited for it sees that, and makes a new one
+                _remove(path)
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do where a forked process has a copy
+        finally:
+            file.close()
+            if fcntl is None:
+                _remove(path)
 
 
-def _lock(file: int, *, wait: bool) -> bool:
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
+def _remove(path: Path) -> None:
+    """Remove a lock file, unless it is another user's."""
+    with contextlib.suppress(PermissionError, FileNotFoundError):
+        path.unlink()
+
+
+def _locked(path: Path, *, wait: bool) -> tuple[io.FileIO, bool]:
+    """The file, with the process id in it, and whether it is locked."""
+    try:
+        while True:
+            file = _opened(path)
+            try:
+                locked = _lock(file, path, wait=wait)
+                if os.fstat(file.fileno()).st_nlink:
+                    _sign(file, path)
+                    return file, locked
+            except BaseException:
+                file.close()
                 raise
+            file.close()  # its owner has let it go in the meantime
+    except OSError as error:
+        error.filename = str(path if error.errno == errno.ELOOP else path.parent)
+        raise
+
+
+def _opened(path: Path) -> io.FileIO:
+    """The lock file, which another user may have left; never one behind a link."""
+    no_link = getattr(os, "O_NOFOLLOW", 0)
+    try:
+        return io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | no_link, 0o666), "r+")
+    except PermissionError:
+        if not path.exists():
+            raise
+        return io.FileIO(os.open(path, os.O_RDONLY | no_link), "r")
+
+
+def _lock(file: io.FileIO, path: Path, *, wait: bool) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        owner = os.pread(file.fileno(), 20, 0).decode(errors="replace") or "unknown"
+        raise InUseError(
+            f"{str(path.parent)!r}: is in use by process {owner}; wait until it has ended, or pass another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
     return True
 
 
-def _sign(file: int, path: Path) -> None:
+def _sign(file: io.FileIO, path: Path) -> None:
+    if not file.writable():  # another user's
+        return
     try:
-        os.ftruncate(file, 0)
-        os.write(file, str(os.getpid()).encode())
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
     except BaseException:
-        path.unlink(missing_ok=True)
+        _remove(path)
         raise
 
 
@@ -98,35 +126,42 @@ def writing(folder: Path) -> Iterator[Callable[[str, Callable[[Path], object]], 
     The function takes the file's name, and what writes to a path. The file takes its place when it is complete and on
     the disk. What a killed writer has left goes.
     """
-    with held(folder / _LOCK):
-        for left in folder.glob(f"{_PARTIAL}*"):
+    with held(folder / _LOCK) as alone:
+        for left in folder.glob(f"{_PARTIAL}*") if alone else ():
             with contextlib.suppress(OSError):
                 left.unlink()
 
         def put(name: str, write: Callable[[Path], object]) -> None:
-            partial = folder / f"{_PARTIAL}{secrets.token_hex(8)}"
-            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-            try:
+            with _partial(folder, name) as partial:
                 write(partial)
                 with partial.open("rb+") as file:
                     os.fsync(file.fileno())
                 partial.replace(folder / name)
-            except BaseException as error:
-                partial.unlink(missing_ok=True)
-                if (
-                    isinstance(error, OSError) and error.errno
-                ):  # which may not know of which file it is, or knows the hidden one
-                    error.filename = str(folder / name)
-                raise
 
         yield put
 
 
+@contextmanager
+def _partial(folder: Path, name: str) -> Iterator[Path]:
+    """A new file under a hidden name, which goes at the end unless it has another by then."""
+    partial = folder / f"{_PARTIAL}{secrets.token_hex(8)}"
+    try:
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        yield partial
+    except OSError as error:
+        if error.errno:  # which may not know of which file it is, or knows the hidden one
+            error.filename = str(folder / name)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def require_room(folder: Path) -> None:
     """Raise `OSError` unless a folder can be written, and has room for results."""
-    with writing(folder) as put:
-        put(_ROOM, lambda partial: partial.write_bytes(bytes(2**20)))
-        (folder / _ROOM).unlink()
+    with writing(folder), _partial(folder, "") as partial:
+        partial.write_bytes(bytes(2**20))
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -142,11 +177,37 @@ def unfinished_folder(parent: Path) -> Iterator[Path]:
     Those of processes that were killed go, too.
     """
     with contextlib.ExitStack() as stack:
-        with held(parent / _LOCK):
-            for left in parent.glob(f"{_UNFINISHED}*"):
-                with contextlib.suppress(InUseError, OSError), held(left / _LOCK, wait=False):
-                    shutil.rmtree(left, ignore_errors=True)
+        with held(parent / _LOCK) as alone:
+            for left in parent.glob(f"{_UNFINISHED}*") if alone else ():
+                if not left.is_symlink():
+                    with contextlib.suppress(InUseError, OSError), held(left / _LOCK, wait=False):
+                        _remove_folder(left)
             made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=parent))
-            stack.callback(shutil.rmtree, made, ignore_errors=True)
+            stack.callback(_remove_folder, made)
             stack.enter_context(held(made / _LOCK))
         yield made
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder, with folders in it that may not be written."""
+    for inner, _, _ in os.walk(folder):
+        with contextlib.suppress(OSError):
+            Path(inner).chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file of somebody else.
+
+    Raises:
+        ValueError: it holds no such object, or cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{str(path)[:300]!r}: must be a file with {what}; {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r}: must hold {what} as JSON, and does not ({error}); write it anew") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r}: must hold {what}, a JSON object, and holds another value; write it anew")
+    return content

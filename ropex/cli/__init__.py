@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 try:
     import matplotlib  # noqa: F401  # needed at the very end, missed at the very beginning
     import platformdirs  # noqa: F401
@@ -18,4 +21,13 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """The entry point of the `ropex` command."""
-    app()
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough
+        os._exit(1)
+    except OSError as error:
+        sys.stderr.write(f"error: the output cannot be written: {error.strerror}\n")
+        os._exit(2)

@@ -70,6 +70,7 @@ _REMEDIES = {
     errno.EROFS: "pass a place that can be written",
     errno.EACCES: "pass a place that you have the rights to",
     errno.EPERM: "pass a place that you have the rights to",
+    errno.ELOOP: "remove this link",
     errno.ENAMETOOLONG: "pass a shorter name",
 }
 
@@ -82,7 +83,9 @@ def _message(error: Exception) -> str:
             return f"{_short(source)}: cannot be copied: {why}"
         remedy = _REMEDIES.get(error.errno or 0, "check the path and what it leads to")
         return f"{_short(error.filename or 'a file')}: {error.strerror or first_line(error)}; {remedy}"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("not enough memory", "can't allocate memory")
+    ):
         return (
             f"out of memory: {first_line(error)}; pass a smaller length, --dtype bfloat16, or another --device; what "
             "was finished is kept"

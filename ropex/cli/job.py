@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import ropex
-from ropex._checks import require_choice, require_int, require_length, require_number
+from ropex._checks import require_choice, require_int, require_length, require_number, require_path, shown
 from ropex.cli.console import split
 from ropex.evaluation import tasks
 from ropex.evaluation.compare import TRUNCATED
@@ -67,7 +67,10 @@ class Job:
         """
         for name in ("model", "text", "dataset", "split", "column", "device", "out"):
             if not isinstance(value := getattr(self, name), str | None) or value == "":
-                raise ValueError(f"{name}={value!r}: must be a text; write it in quotes, or leave it out")
+                raise ValueError(f"{name}={shown(value)}: must be a text; write it in quotes, or leave it out")
+        for name in ("model", "text", "out"):
+            if (value := getattr(self, name)) is not None:
+                require_path(name, value)
         self.schedules: dict[str, FrequencySchedule] = _schedules(self.methods, self.factor)
         self.tasks = _listed("tasks", self.tasks, str)
         self.lengths = _listed("lengths", self.lengths, int)
@@ -105,10 +108,13 @@ class _Unique(yaml.SafeLoader):
     """Refuses a key that stands twice, of which the others would be lost."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (found := self.construct_object(key)) in seen:
+                    problem = f"the key {found!r} stands twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(found)
         return dict(super().construct_mapping(node, deep))
 
 
@@ -124,11 +130,11 @@ def read_job(path: Path) -> Job:
         raise ValueError(f"config {str(path)!r}: must be a YAML file; {error.strerror}") from error
     except RecursionError:
         raise ValueError(f"config {str(path)!r}: must be a YAML file, and is nested too deep; write it flat") from None
-    except (UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # of the parser, of a tag's constructor, of the text
         raise ValueError(f"config {str(path)!r}: must be a YAML file; {' '.join(str(error).split())}") from error
     names = [field.name for field in dataclasses.fields(Job)]
     if not isinstance(content, Mapping):
-        raise ValueError(f"config {str(path)!r}: must hold keys such as methods and length; it holds {content!r}")
+        raise ValueError(f"config {str(path)!r}: must hold keys such as methods and length; it holds {shown(content)}")
     for key in content:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
@@ -143,7 +149,11 @@ def _schedules(methods: Any, factor: float) -> dict[str, FrequencySchedule]:
         asked = {}
         for name, options in methods.items():
             if not isinstance(options, Mapping | None):
-                raise ValueError(f"methods with {name}: {options!r}: must be options such as {{factor: 2}}; pass them")
+                raise ValueError(
+                    f"methods with {name}: {shown(options)}: must be options such as {{factor: 2}}; pass them"
+                )
+            if str(name) in asked:
+                raise ValueError(f"methods with {name}: stands twice, as a number and as a text; rename one")
             asked[str(name)] = {str(key): value for key, value in (options or {}).items()}
         return {_free(name): _schedule(o.pop("method", name), o, factor) for name, o in asked.items()}
     found = {}
@@ -156,7 +166,7 @@ def _schedules(methods: Any, factor: float) -> dict[str, FrequencySchedule]:
                 raise ValueError(f"methods with {name!r}: must be a method and options such as ntk:alpha=4; pass those")
             try:
                 given[key] = yaml.safe_load(value)
-            except yaml.YAMLError:
+            except Exception:  # of the parser, or of a date
                 raise ValueError(f"methods with {name!r}: {value!r} is no value; pass one such as 4 or true") from None
         found[_free(name)] = _schedule(method, given, factor)
     return found
@@ -184,13 +194,15 @@ def _listed(name: str, value: Any, kind: type) -> list[Any]:
     parts = [] if value is None else parts
     try:
         found = [kind(part) for part in parts]
+        if any(isinstance(part, bool) for part in parts):
+            raise ValueError
         if any(isinstance(part, float) and part != kind(part) for part in parts):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         example = {int: "4096,8192", float: "0.1,0.9", str: "passkey,lines"}[kind]
-        raise ValueError(f"{name}={value!r}: must be a list such as {example}; pass one") from None
+        raise ValueError(f"{name}={shown(value)}: must be a list such as {example}; pass one") from None
     if len(set(found)) < len(found):
-        raise ValueError(f"{name}={value!r}: must not repeat one; remove the second one")
+        raise ValueError(f"{name}={shown(value)}: must not repeat one; remove the second one")
     return found
 
 
@@ -200,7 +212,7 @@ def _bins(bins: Any) -> int | list[int]:
         if isinstance(bins, list) and numbers != bins:
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"bins={bins!r}: must be a number or edges such as 0,2048,4096; pass integers") from None
+        raise ValueError(f"bins={shown(bins)}: must be a number or edges such as 0,2048,4096; pass integers") from None
     return numbers if len(numbers) > 1 else numbers[0]
 
 
@@ -210,7 +222,7 @@ def _device(name: str | None) -> str:
     try:
         if torch.empty(0, device=name).is_meta:
             raise RuntimeError("meta holds no numbers")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # such as that of a package for the device
         first_line = str(error).partition("\n")[0]
         raise ValueError(f"device={name!r}: must be a device of this machine; {first_line}") from None
     return name

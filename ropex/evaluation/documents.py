@@ -75,16 +75,21 @@ class TextFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._read: str | None = None
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             raise ValueError(
                 f"text {str(path)!r}: must be plain text, and JSON lines hold texts in a column; pass --dataset with "
                 "its directory"
             )
+        # A pipe can be read once.
+        self._read = None if path.is_file() else self.start(None)
         if not self.start(_FIRST).strip() and not self.start(None).strip():
             raise ValueError(f"text {str(path)!r}: must not be empty; pass a file with text in it")
 
     def start(self, count: int | None) -> str:
         """The first characters; None: all."""
+        if self._read is not None:
+            return self._read[:count]
         try:
             with self.path.open(encoding="utf-8-sig", newline=None) as file:  # a byte order mark is no text
                 text = file.read(count)

@@ -10,7 +10,7 @@ import itertools
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ropex._disk import write_text, writing
+from ropex._disk import read_object, write_text, writing
 from ropex._version import __version__
 
 __all__ = ["Cells", "contents", "environment", "fingerprint", "write_csv", "write_json"]
@@ -70,14 +70,17 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def contents(model: nn.Module, tokenizer: Any = None) -> str:
-    """A hash of all weights and buffers of a model, on all ranks, and of its tokenizer.
+    """A hash of all weights and buffers of a model, on all ranks, of its modules' settings, and of its tokenizer.
 
     Every byte is read once; `docs/reliability.md` says how long that takes.
     """
     digest = hashlib.sha256()
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        tensor = getattr(tensor, "to_local", lambda tensor=tensor: tensor)().detach().to("cpu").contiguous()
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        local = getattr(tensor, "to_local", lambda tensor=tensor: tensor)().detach().to("cpu")
+        dense = (local if local.layout is torch.strided else local.to_dense()).resolve_conj().resolve_neg()
+        digest.update(memoryview(dense.contiguous().flatten().view(torch.uint8).numpy()))
+    for module in model.modules():
+        digest.update(repr([*_settings(module)]).encode())
     if tokenizer is not None:
         digest.update(_described(tokenizer).encode())
     if _distributed():
@@ -87,6 +90,15 @@ def contents(model: nn.Module, tokenizer: Any = None) -> str:
     return digest.hexdigest()[:16]
 
 
+def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module computes with besides tensors, such as its scale, or which of its adapters are in use."""
+    for name, value in vars(module).items():
+        values = [*value, *value.values()] if isinstance(value, dict) else value
+        plain = all(isinstance(each, int | float | str) for each in (values if isinstance(values, list) else [values]))
+        if plain and name not in ("training", "name_or_path", "warnings_issued"):
+            yield name, value
+
+
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -94,7 +106,8 @@ def _distributed() -> bool:
 def _described(tokenizer: Any) -> str:
     """All that decides which ids a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    vocabulary = getattr(tokenizer, "get_vocab", dict)
+    rules = {"vocabulary": vocabulary()} if backend is None else json.loads(backend.to_str())
     for per_call in ("truncation", "padding"):  # which each call sets
         rules.pop(per_call, None)
     special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
@@ -172,13 +185,12 @@ class Cells:
         """Take what is finished in the file."""
         if not path.exists():
             return
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            before, finished = known["about"], dict(known["cells"])
-        except (ValueError, KeyError, TypeError) as error:
+        known = read_object(path, "the finished parts of a measurement; remove it or pass another folder")
+        before, finished = known.get("about"), known.get("cells")
+        if not isinstance(before, dict) or not isinstance(finished, dict):
             raise ValueError(
                 f"{str(path)!r}: must hold the finished parts of a measurement; remove it or pass another folder"
-            ) from error
+            )
         if before != self._about:
             changed = [name for name in {**before, **self._about} if before.get(name) != self._about.get(name)]
             what = ", ".join(f"{n} {before.get(n)!r}, now {self._about.get(n)!r}" for n in changed)

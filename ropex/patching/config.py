@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 __all__ = [
+    "ALONE",
     "UnsupportedModelError",
     "layer_types",
     "own_configs",
@@ -202,16 +204,20 @@ def words_beside(parameters: dict[str, Any], *, widened: bool = False) -> dict[s
     return {**beside, "original_max_position_embeddings": length} if counting else beside
 
 
+ALONE = threading.RLock()  # held by a thread while it changes what is one for the process
+
+
 @contextmanager
 def silently() -> Iterator[None]:
     """While this lasts, transformers logs errors alone: what it says of a config that is tried is not for the user."""
     logger = logging.getLogger("transformers")
-    before = logger.level
-    try:
-        logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        logger.setLevel(before)
+    with ALONE:
+        before = logger.level
+        try:
+            logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            logger.setLevel(before)
 
 
 def own_configs(model: nn.Module) -> list[tuple[nn.Module, str, Any, Any]]:

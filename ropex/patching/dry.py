@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ropex.patching.config import UnsupportedModelError
+from ropex.patching.config import ALONE, UnsupportedModelError
 
 __all__ = ["DryPass", "FirstPass", "Tables", "bare_class", "dry_pass", "within_module"]
 
@@ -71,7 +71,7 @@ def dry_pass(
         try:
             copied = _weightless(runner, rotaries, configs)
             _watch(copied, seen, attentions, lenient=lenient)
-            with torch.device("meta"), torch.compiler.set_stance("force_eager"):
+            with ALONE, torch.device("meta"), torch.compiler.set_stance("force_eager"):
                 _run(copied, seen)
         except Exception as error:  # whatever a model may need that a copy without weights does not have
             failures.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import re
 import shutil
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ropex._checks import first_line, require_choice, require_path
-from ropex._disk import unfinished_folder
+from ropex._disk import read_object, unfinished_folder
 from ropex.patching import files
 from ropex.patching.attention import settings_under
 from ropex.patching.config import rope_parameters, silently, text_config, words_beside
@@ -118,7 +119,10 @@ def export(
         (checked / "config.json").write_text(json.dumps(config), encoding="utf-8")
         _require_read_back(saved, checked, patch, parameters, reach, length)
         new = made / "model"  # complete before it gets its name
-        shutil.copytree(source, new, ignore=shutil.ignore_patterns("ropex.*", ".ropex*", "checkpoint-*"))
+        ours = shutil.ignore_patterns("ropex.*", ".ropex*", "checkpoint-*")
+        shutil.copytree(source, new, ignore=ours, copy_function=shutil.copyfile)
+        for folder, _, _ in os.walk(new):  # which may be copies of folders that cannot be written
+            Path(folder).chmod(Path(folder).stat().st_mode | 0o700)
         _drop_learned(new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _update_lengths(new, before, reach)
@@ -153,20 +157,15 @@ def read_config(source: Path) -> dict[str, Any]:
     """What a directory's `config.json` says.
 
     Raises:
-        ValueError: it is no JSON object.
+        ValueError: there is none, or it is no JSON object.
     """
-    path = source / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"{str(source)[:300]!r}: must be a directory with config.json; {error.strerror}; pass the model's directory"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: must be a model's config in JSON, and is not ({error}); copy it anew") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: must be a model's config, a JSON object; copy it anew")
-    return config
+        there = (source / "config.json").is_file()
+    except OSError:  # of a name that is too long
+        there = False
+    if not there:
+        raise ValueError(f"{str(source)[:300]!r}: must be a directory with config.json; pass the model's directory")
+    return read_object(source / "config.json", "a model's config")
 
 
 def empty_model(source: Path) -> Any:
@@ -358,11 +357,15 @@ def _drop_learned(out: Path) -> None:
             raise ValueError(
                 f"{path.name}: must hold tensors and nothing else: {first_line(error)}; save the model as safetensors"
             ) from error
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise ValueError(f"{path.name}: must hold tensors by name; save the model as safetensors")
         if any(map(_LEARNED.search, state)):
             torch.save({name: value for name, value in state.items() if not _LEARNED.search(name)}, path)
     for index in (*out.glob("*.safetensors.index.json"), *out.glob("*.bin.index.json")):
-        content = json.loads(index.read_text(encoding="utf-8"))
-        content["weight_map"] = {k: v for k, v in content["weight_map"].items() if not _LEARNED.search(k)}
+        content = read_object(index, "the index of a model's weights")
+        if not isinstance(places := content.get("weight_map"), dict):
+            raise ValueError(f"{index.name}: must have a weight_map; save the model anew")
+        content["weight_map"] = {name: place for name, place in places.items() if not _LEARNED.search(name)}
         index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -373,7 +376,7 @@ def _update_lengths(out: Path, before: int | None, reach: int) -> None:
         ("generation_config.json", "max_length", before),
     ):
         path = out / name
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = read_object(path, "settings") if path.is_file() else {}
         stated = content.get(key)
         if isinstance(stated, int) and stated < reach and old in (None, stated):
             content[key] = reach

@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -174,8 +174,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
         try:
             put(DESCRIPTION, functools.partial(Path.write_text, data=text, encoding="utf-8"))
         except BaseException:
-            if name is not None and name not in before:
-                (directory / name).unlink()
+            if name is not None and name not in before and content["hash"] not in _said(directory):
+                (directory / name).unlink()  # which nothing names
             raise
         for old in before - {name}:
             (directory / old).unlink()
@@ -213,6 +213,11 @@ def read(directory: str | Path) -> Saved:
     return Saved(directory=directory, schedule=schedule, ropes=ropes, weights=weights, **plain)
 
 
+def _said(directory: Path) -> str:
+    path = directory / DESCRIPTION
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 def _description(directory: Path) -> dict[str, Any]:
     """What `ropex.json` says, each field of the kind that it must have."""
     path = directory / DESCRIPTION
@@ -244,7 +249,7 @@ def _description(directory: Path) -> dict[str, Any]:
         _require_kinds(path, f"ropes.{name}.", rope, _ROPE)
     _require(path, "channels", content["channels"], content["channels"] in get_args(Channels), "a layout of channels")
     factor = content["softmax_factor"]
-    _require(path, "softmax_factor", factor, math.isfinite(factor) and factor > 0, "a finite number > 0")
+    _require(path, "softmax_factor", factor, 0 < factor <= sys.float_info.max, "a finite number > 0")
     return {"dtype": None, **content}
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tests.chaos.cycles import caches_without_a_collector, cycle_models
 from tests.chaos.disks import broken_inputs, failing_writer, full_disks
 from tests.chaos.fuzz import fuzz
-from tests.chaos.interrupts import interrupt_patches, interrupt_twice
+from tests.chaos.interrupts import interrupt_patches, interrupt_saves, interrupt_twice
 from tests.chaos.kills import (
     cells_of_two,
     commands_of_two,
@@ -48,10 +48,13 @@ EXPERIMENTS = {
         "`yarn`, `dynamic_ntk`, `clex`",
         lambda stride: interrupt_patches(stride) if stride < 100 else interrupt_patches(stride, ("llama",)),
         150,
-        2,
+        3,
     ),
     "interrupt_twice": Experiment(
         "`patch` interrupted, and what puts the model back interrupted, too; then `unpatch`", interrupt_twice, 25, 4
+    ),
+    "interrupt_saves": Experiment(
+        "`Patch.save` over an earlier save interrupted before a line of ropex", interrupt_saves, 40, 1
     ),
     "kill_saves": Experiment(
         "`Patch.save` over an earlier save killed (SIGKILL), every fourth time with two writers", kill_saves, 12, 400
@@ -64,10 +67,10 @@ EXPERIMENTS = {
         "`ropex perplexity`, `retrieval` and `compare` killed, and run again with the same `--out` until they end",
         kill_measurements,
         1,
-        200,
+        100,
     ),
     "cells_of_two": Experiment("two processes that measure into one file of cells", cells_of_two, 6, 300),
-    "commands_of_two": Experiment("two commands with the same `--out` at once", commands_of_two, 1, 100),
+    "commands_of_two": Experiment("two commands with the same `--out` at once", commands_of_two, 1, 60),
     "full_disks": Experiment(
         "disks that are full, become full or cannot be written: measuring, saving, exporting, drawing",
         lambda mounts: full_disks() if mounts else failing_writer(),

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 import ropex
+from ropex.patching import files
 from tests.families import model_of
 
 ROOT = os.path.dirname(ropex.__file__) + os.sep  # noqa: PTH120  # compared with a frame's file name, a text
@@ -155,3 +157,27 @@ def interrupt_twice(stride: int) -> dict[str, Any]:
                     ropex.unpatch(model)
                 stuck += state_of(model) != plain
     return {"tried": tried, "half patched": stuck}
+
+
+def interrupt_saves(stride: int) -> dict[str, Any]:
+    """`Patch.save` over an earlier save, interrupted: one of the two loads, and the next save leaves two files."""
+    patch = ropex.patch(model_of("llama"), "clex", factor=2)
+    learned = list(patch.rotary.parameters())
+    tried = lost = left = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        patch.save(folder)
+        for at in itertools.count(1, stride):
+            with torch.no_grad():
+                for parameter in learned:
+                    parameter.fill_(float(tried))
+            if run_until(functools.partial(patch.save, folder), at) < at:
+                break
+            tried += 1
+            try:
+                files.read(folder)
+            except ValueError:
+                lost += 1
+            patch.save(folder)
+            left += len(list(folder.iterdir())) != 2
+    return {"tried": tried, "lost": lost, "left behind": left}
