@@ -139,6 +139,30 @@ def test_edited_weights_are_measured_anew(tmp_path: Path) -> None:
     assert numbers(cells) == before, "nothing was lost"
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_another_adapter_is_measured_anew(tmp_path: Path) -> None:
+    """The weights are the same, and which of them are used is not."""
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(tiny_model("llama", initializer_range=0.3), peft.LoraConfig(**options), "first")
+    model.add_adapter("second", peft.LoraConfig(**options))
+    cells = tmp_path / "cells.json"
+
+    def numbers() -> Any:
+        model.eval()
+        result = compare_methods(model, SCHEDULES, documents=[TOKENS], bins=EDGES, cells=cells)
+        return result["perplexity"]["results"]["none"]
+
+    model.set_adapter("first")
+    first = numbers()
+    model.set_adapter("second")
+    assert numbers()["nll"] != first["nll"]
+    with model.disable_adapter():
+        assert numbers()["nll"] != first["nll"]
+    model.set_adapter("first")
+    assert numbers() == first, "seconds included"
+
+
 def test_what_changes_the_numbers_is_measured_again(tmp_path: Path) -> None:
     """Other bytes, another BOS, another tokenizer: other cells."""
     model, tokens = tiny_model("llama", vocab_size=260), TOKENS.clone()

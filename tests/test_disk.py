@@ -99,6 +99,37 @@ def test_what_killed_writers_left_goes(tmp_path: Path) -> None:
     assert names(tmp_path) == [f"{_disk._UNFINISHED}link", "elsewhere", "result.json"]
 
 
+def test_without_locks_nothing_of_others_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some platforms and network file systems have none."""
+    monkeypatch.setattr(_disk, "fcntl", None)
+    with unfinished_folder(tmp_path) as mine, unfinished_folder(tmp_path):
+        assert mine.is_dir()
+
+        def slow(path: Path) -> None:
+            write_text(tmp_path / "other", "b")
+            path.write_text("a")
+
+        with writing(tmp_path) as put:
+            put("ours", slow)
+    assert names(tmp_path) == ["other", "ours"]
+
+
+def test_a_lock_file_of_another_user_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was killed left it, and we may neither write nor remove it."""
+    lock = tmp_path / ".ropex.lock"
+    lock.write_text("123")
+    real = os.open
+
+    def refused(path: object, flags: int, *mode: int) -> int:
+        if path == lock and flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied")
+        return real(path, flags, *mode)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", refused)
+    write_text(tmp_path / "result.json", "new")
+    assert (tmp_path / "result.json").read_text() == "new"
+
+
 def test_files_have_the_usual_rights(tmp_path: Path) -> None:
     write_text(tmp_path / "ours", "a")
     (tmp_path / "usual").write_text("a")

@@ -144,6 +144,18 @@ def test_nothing_is_downloaded_for_a_local_directory(
     assert asked == []
 
 
+def test_an_export_of_files_that_cannot_be_written_can(directory: Path, tmp_path: Path) -> None:
+    """As a shared store of models has them."""
+    (directory / "onnx").mkdir()
+    (directory / "onnx" / "model.onnx").write_text("kept")
+    for path in (*directory.iterdir(), directory / "onnx" / "model.onnx", directory):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    ropex.export(directory, "transformers", tmp_path / "out", length=900)
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.stat().st_mode & 0o200, path
+    directory.chmod(0o755)
+
+
 def test_an_export_follows_no_link_out_of_its_place(directory: Path, tmp_path: Path) -> None:
     """A model directory whose files are links, as a cache of the hub has them, becomes one of files."""
     store = tmp_path / "store"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -92,6 +94,17 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         documents(TextFile(tmp_path / name), tokenizer("byte-level BPE"), length=200) for name in ("with", "without")
     ]
     assert [each.tokens.tolist() for each in found[0]] == [each.tokens.tolist() for each in found[1]]
+
+
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    """As a shell hands over `--text <(command)`."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text(TEXT[:50_000], encoding="utf-8"))
+    writer.start()
+    found = documents(TextFile(tmp_path / "pipe"), tokenizer("byte-level BPE"), length=3000, limit=2)
+    writer.join()
+    wanted = documents(TEXT[:50_000], tokenizer("byte-level BPE"), length=3000, limit=2)
+    assert [each.tokens.tolist() for each in found] == [each.tokens.tolist() for each in wanted]
 
 
 def test_a_large_file_is_not_read(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import pickle
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +133,28 @@ def test_a_context_that_is_left_by_an_interrupt_is_unpatched() -> None:
     with pytest.raises(KeyboardInterrupt), ropex.patch(model, "yarn", factor=2):
         raise KeyboardInterrupt
     assert state_of(model) == before
+
+
+def test_threads_leave_the_process_as_it_was() -> None:
+    """Planning changes what is one for the process: how transformers logs, and whether torch compiles."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    plain = [state_of(model_of("llama", seed)) for seed in range(3)]
+    models = [model_of("llama", seed) for seed in range(3)]
+
+    def work(model: Any) -> None:
+        for _ in range(4):
+            ropex.patch(model, "yarn", factor=2).remove()
+            ropex.inspect(model)
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert logger.level == before
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert [state_of(model) for model in models] == plain
 
 
 # --- what goes with the last user -------------------------------------------------------------------------------------

@@ -227,18 +227,29 @@ def _broken_models(bench: Bench) -> Iterator[tuple[str, list[Any]]]:
             yield "deep", lambda path: path.write_text("[" * 100_000)
             yield "nothing", lambda path: path.write_text("{}")
 
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "ropex.json"):
+    readers = {
+        "config.json": ("perplexity", "inspect", "export"),
+        "ropex.json": ("inspect", "export"),
+        "model.safetensors": ("perplexity",),
+        "tokenizer.json": ("perplexity",),
+        "tokenizer_config.json": ("export",),
+        "generation_config.json": ("export",),
+        "model.safetensors.index.json": ("export",),
+    }
+    for name, kinds in readers.items():
         for how, edit in edits(name):
-            for kind in ("perplexity", "inspect", "export"):
-                reads = {"ropex.json": ("inspect", "export"), "config.json": ("perplexity", "inspect", "export")}
-                if kind not in reads.get(name, ("perplexity",)) or (name, how, kind) == (
-                    "ropex.json",
-                    "missing",
-                    "inspect",
-                ):
+            for kind in kinds:
+                needed = name in ("config.json", "ropex.json", "model.safetensors", "tokenizer.json")
+                if (name, how, kind) == ("ropex.json", "missing", "inspect"):
+                    continue  # it is a model that is not patched
+                if not needed and how in ("missing", "directory", "nothing") and "index" not in name:
+                    continue  # it can be done without
+                if "index" in name and how in ("missing", "directory"):
                     continue
                 folder = bench.new()
                 shutil.copytree(bench.model, folder)
+                if not (folder / name).exists():
+                    (folder / name).write_text('{"weight_map": {}}')
                 edit(folder / name)
                 arguments = {
                     "perplexity": ["perplexity", "--model", folder, "--text", bench.text, "--length", 100, "--bins", 2],
@@ -269,6 +280,16 @@ def _broken_files(bench: Bench) -> Iterator[tuple[str, list[Any]]]:
         "length that is false": "length: false\n",
         "length that is a text": "length: 1e400\n",
         "a date": "seed: 2026-01-01\n",
+        "a broken timestamp": "seed: !!timestamp x\n",
+        "a broken int": "seed: !!int ''\n",
+        "a broken bool": "seed: !!bool x\n",
+        "a name with a zero": 'out: "a\\0b"\n',
+        "a name with half a character": 'text: "a\\uD800b"\n',
+        "a number and a text": "methods: {1: {method: yarn}, '1': {method: ntk}}\n",
+        "a depth that is true": "tasks: passkey\nlengths: 500\ndepths: [true]\n",
+        "aliases of aliases": "".join(
+            f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(9)
+        ),
     }
     for name, text in texts.items():
         path = bench.folder / f"{len(name)}-{name.replace(' ', '-')}.yaml"
@@ -321,6 +342,9 @@ def _absurd(bench: Bench) -> Iterator[tuple[str, list[Any]]]:
         ["export", bench.model, "--to", "vllm", "--length", 900, "--out", bench.model / "x"],
     )
     yield "an export onto its source", ["export", bench.model, "--to", "vllm", "--length", 900, "--out", bench.model]
+    yield "a value that nests", [*short, "--methods", "yarn:factor=" + "[" * 3000]
+    yield "a value that is no date", [*short, "--methods", "yarn:factor=2024-13-45"]
+    yield "a device of another package", [*short, "--device", "hpu"]
     yield (
         "shifts",
         ["probe", "--model", bench.model, "--text", bench.text, "--length", 50, "--shifts", "99999999999999999999"],
