@@ -66,6 +66,21 @@ def test_texts_are_taken_in_turn() -> None:
     assert [each.name[0] for each in found] == ["a", "c", "d", "a", "c", "d", "a", "d"]
 
 
+def test_no_more_texts_are_read_than_it_takes() -> None:
+    class Counts:
+        """A tokenizer that counts what it is given."""
+
+        is_fast, bos_token_id, given = True, None, 0
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            self.given += len(text)
+            return tokenizer("byte-level BPE")(text, **options)
+
+    counts = Counts()
+    assert len(documents([TEXT] * 50, counts, length=200, limit=2)) == 2
+    assert counts.given < 30_000
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -328,7 +328,9 @@ def _folder(job: Job, command: str) -> Iterator[Path]:
         folder = Path(job.out) if job.out else _new_folder(command)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"out {str(job.out)!r}: must be a folder that can be made; {error.strerror}") from error
+        raise ValueError(
+            f"out {job.out or 'ropex-results'!r}: must be a folder that can be made; {error.strerror}"
+        ) from error
     # Of several ranks one measures, and the others find what it has finished.
     with held(folder / ".ropex-run.lock", wait=int(os.environ.get("WORLD_SIZE", 1)) > 1):
         # What was made of cells is made again of more cells; anything else would be lost.

@@ -144,10 +144,12 @@ def documents(
     if names and len(names) != len(found):
         raise ValueError(f"{len(names)} names for {len(found)} texts: must be as many; pass one for each, or none")
     names = names or [f"text {i}" for i in range(len(found))]
+    for text, name in zip(found, names, strict=True):
+        if isinstance(text, str) and (not text or text.isspace()):
+            raise ValueError(f"{name}: must not be empty; pass a text with words in it")
     bos = bos_of(tokenizer)
     pieces = [_pieces(text, name, tokenizer, length, bos) for text, name in zip(found, names, strict=True)]
-    rounds = itertools.zip_longest(*pieces)
-    taken = [*itertools.islice((each for in_turn in rounds for each in in_turn if each is not None), limit)]
+    taken = [*itertools.islice(_in_turn(pieces), limit)]
     if not taken:
         longest = max(len(_encoded(_whole(text), tokenizer)[0]) for text in found) + (bos is not None)
         raise ValueError(
@@ -156,14 +158,22 @@ def documents(
     return taken
 
 
+def _in_turn(pieces: list[Iterator[Document]]) -> Iterator[Document]:
+    """The first document of each text, then the second of each, and so on."""
+    while pieces:
+        for piece in [*pieces]:
+            if (document := next(piece, None)) is not None:
+                yield document
+            else:
+                pieces.remove(piece)
+
+
 def _whole(text: str | TextFile) -> str:
     return text if isinstance(text, str) else text.start(None)
 
 
 def _pieces(text: str | TextFile, name: str, tokenizer: Any, length: int | None, bos: int | None) -> Iterator[Document]:
     """A text's documents, one after the other."""
-    if isinstance(text, str) and (not text or text.isspace()):
-        raise ValueError(f"{name}: must not be empty; pass a text with words in it")
     if length is None:
         yield _document(*_encoded(_whole(text), tokenizer), bos, name)
         return
