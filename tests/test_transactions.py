@@ -93,6 +93,25 @@ def test_an_error_while_unpatching_is_told_when_all_is_put_back() -> None:
         ropex.unpatch(model)
 
 
+def test_an_error_while_undoing_is_a_note_on_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that takes one length and then none, and a config that fails after it."""
+    model, tokenizer = model_of("llama"), Refuses(at=2)
+    before, plain = state_of(model), type(model.config).__setattr__
+
+    def fails(self: Any, key: str, value: Any) -> None:
+        if key == "ropex":
+            raise OverflowError("no such attribute here")
+        plain(self, key, value)
+
+    monkeypatch.setattr(type(model.config), "__setattr__", fails)
+    with pytest.raises(OverflowError, match="no such attribute here") as error:
+        ropex.patch(model, "dynamic_ntk", factor=2, length=1024, tokenizer=tokenizer)
+    monkeypatch.undo()
+    assert "this tokenizer is frozen" in error.value.__notes__[0]
+    assert "put back model_max_length=100 of Refuses" in error.value.__notes__[0]
+    assert state_of(model) == before
+
+
 def test_hooks_of_others_stay_and_theirs_may_fail() -> None:
     """A global hook that watches modules come and go, and fails; and a user's hook on the same module."""
     model = model_of("llama")

@@ -269,8 +269,9 @@ def _apply(model: nn.Module, plan: Plan, tokenizer: Any, finish: Callable[[], No
         if finish is not None:
             finish()
         first.shared_configs = []
-    except BaseException:
-        _restore(model)
+    except BaseException as error:
+        for failure in _restore(model):
+            error.add_note(f"{type(failure).__name__}: {failure} {' '.join(failure.__notes__)}")
         raise
     return Patch(model, first)
 
@@ -292,8 +293,8 @@ def _register_hooks(plan: Plan) -> None:
         FirstPass(frozenset(plan.unseen)).watch(owner, plan.rotaries, plan.unseen)
 
 
-def _restore(model: nn.Module) -> None:
-    """Put back whatever a patch has changed, all of it or a part.
+def _restore(model: nn.Module) -> list[Exception]:
+    """Put back whatever a patch has changed, all of it or a part; gives what a user's objects raised.
 
     Each step may be done twice, and the note of what was there before goes last: where this is interrupted, it is
     called again.
@@ -311,8 +312,7 @@ def _restore(model: nn.Module) -> None:
         module.__dict__.pop("ropex_undo", None)
     for spot in sorted(find_patched(model), key=lambda spot: bool(spot.patched.changes)):
         failures += _restore_spot(spot)
-    if failures:
-        raise failures[0]
+    return failures
 
 
 def _restore_spot(spot: Spot) -> list[Exception]:
@@ -356,10 +356,12 @@ def unpatch(model: nn.Module) -> None:
             f"{type(model).__name__} is not patched: must carry a ropex patch; call ropex.patch(model) first"
         )
     try:
-        _restore(model)
+        failures = _restore(model)
     except BaseException:
         _restore(model)  # what interrupted it is told once all is put back
         raise
+    if failures:
+        raise failures[0]
 
 
 def load(model: nn.Module, directory: str | Path, *, tokenizer: Any = None) -> Patch:
