@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,18 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(EXPERIMENTS)}, digest; default: all")
     parser.add_argument("--out", type=Path, default=RESULTS / "reliability.json")
     options = parser.parse_args()
-    known = json.loads(options.out.read_text()) if options.out.exists() else {}
-    figures: dict[str, Any] = known.get("experiments", {})
+    known: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"experiments": {}}
     names = options.names or [*EXPERIMENTS, "digest"]
+    if "digest" in names:
+        known["digest"] = _digest()
     with ThreadPoolExecutor(2) as pool:
-        chosen = [name for name in names if name in EXPERIMENTS]
-        for name, numbers in zip(chosen, pool.map(_run, chosen), strict=True):
-            print(name, numbers, flush=True)
-            figures[name] = numbers
-    digest = _digest() if "digest" in names else known["digest"]
-    stamp = environment(torch.zeros(()))
-    ordered = {name: figures[name] for name in EXPERIMENTS if name in figures}
-    write_json(options.out, {"environment": stamp, "experiments": ordered, "digest": digest})
-    if bad := {name: found for name, numbers in figures.items() if (found := wrong(numbers))}:
+        running = {pool.submit(_run, name): name for name in names if name in EXPERIMENTS}
+        for done in as_completed(running):
+            known["experiments"][running[done]] = done.result()
+            print(running[done], done.result(), flush=True)
+            ordered = {name: known["experiments"][name] for name in EXPERIMENTS if name in known["experiments"]}
+            write_json(options.out, {**known, "experiments": ordered, "environment": environment(torch.zeros(()))})
+    if bad := {name: found for name, each in known["experiments"].items() if (found := wrong(each))}:
         raise SystemExit(f"it happened: {bad}")
 
 
@@ -47,7 +46,8 @@ def _run(name: str) -> dict[str, Any]:
     (numbers,) = figures_of({name: experiment.many}).values()
     for detail in ("which", "examples"):
         numbers.pop(detail, None)
-    return {"what": experiment.what, **numbers, "minutes": round((time.monotonic() - began) / 60, 1)}
+    minutes = round((time.monotonic() - began) / 60, 1)
+    return {"what": experiment.what, **numbers, "minutes": minutes, "commit": environment()["commit"]}
 
 
 def _digest() -> dict[str, Any]:

@@ -25,7 +25,7 @@ RELIABILITY = PAGE.with_name("reliability.md")
 README_METHODS = ("none", "truncated", "linear", "ntk, alpha 2", "ntk, alpha 4", "dynamic_ntk", "yarn")
 END = "<!-- end -->"
 NEVER = {"foreign": "errors that are not ours", "failed": "tracebacks or other codes"}
-_NO_FIGURES = ("what", "tried", "minutes")
+_NO_FIGURES = ("what", "tried", "minutes", "commit")
 
 
 def load(name: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ EXPERIMENTS = {
         3,
     ),
     "interrupt_twice": Experiment(
-        "`patch` interrupted, and what puts the model back interrupted, too; then `unpatch`", interrupt_twice, 25, 4
+        "`patch` interrupted, and what puts the model back interrupted, too; then `unpatch`", interrupt_twice, 25, 8
     ),
     "interrupt_saves": Experiment(
         "`Patch.save` over an earlier save interrupted before a line of ropex", interrupt_saves, 40, 1

@@ -150,12 +150,13 @@ def interrupt_twice(stride: int) -> dict[str, Any]:
         ropex.unpatch(model)
         for first in range(1, lines, 5 * stride):
             for again in itertools.count(1, 7 * stride):
-                if run_until(patch, first, ("_apply",), again) < again:
-                    break
-                tried += 1
+                reached = run_until(patch, first, ("_apply",), again) == again
                 if ropex.patching.find_patch(model) is not None or state_of(model) != plain:
                     ropex.unpatch(model)
                 stuck += state_of(model) != plain
+                if not reached:  # what puts the model back has fewer lines
+                    break
+                tried += 1
     return {"tried": tried, "half patched": stuck}
 
 
