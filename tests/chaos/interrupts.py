@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
 import ropex
 from ropex.patching import files
+from ropex.patching.patch import _restore
 from tests.families import model_of
 
 ROOT = os.path.dirname(ropex.__file__) + os.sep  # noqa: PTH120  # compared with a frame's file name, a text
@@ -33,13 +35,13 @@ def run_until(
 
     Args:
         within: names of functions, to count the lines that run while one of them does; none: all.
-        again: raise it once more, before the line with this number of those that come after.
+        again: raise it once more, before the line with this number of those that put the model back.
 
     Returns:
         How many lines of ropex were begun, since the first interrupt if there was one and `again` is given.
     """
     count = inside = 0
-    stops = [at, again]
+    stops = [at] if again is None else [at, again]
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         nonlocal inside
@@ -52,20 +54,26 @@ def run_until(
             nonlocal count, inside
             if event == "return":
                 inside -= enters
-            elif event == "line" and stops and (inside or not within):
+            elif event == "line" and stops and (inside or not within or len(stops) < 1 + (again is not None)):
                 count += 1
                 if count == stops[0]:
                     stops.pop(0)
-                    count = 0 if again is not None and len(stops) == 1 else count
+                    count = 0 if stops else count
                     raise KeyboardInterrupt
             return line
 
         return line
 
+    def restore(model: nn.Module) -> list[Exception]:
+        sys.settrace(trace)  # which ends with the first interrupt
+        return restoring(model)
+
+    restoring = _restore
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        operation()
+        with mock.patch("ropex.patching.patch._restore", restoring if again is None else restore):
+            operation()
     except KeyboardInterrupt:
         if at is None:
             raise
