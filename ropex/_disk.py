@@ -20,7 +20,16 @@ try:
 except ModuleNotFoundError:  # no such locks on this platform: names that differ must do
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["InUseError", "held", "read_object", "require_room", "unfinished_folder", "write_text", "writing"]
+__all__ = [
+    "InUseError",
+    "held",
+    "make_folder",
+    "read_object",
+    "require_room",
+    "unfinished_folder",
+    "write_text",
+    "writing",
+]
 
 _LOCK = ".ropex.lock"
 _PARTIAL, _UNFINISHED = ".ropex-partial-", ".ropex-unfinished-"
@@ -162,6 +171,19 @@ def require_room(folder: Path) -> None:
         partial.write_bytes(bytes(2**20))
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it is in.
+
+    Raises:
+        ValueError: a file is in the way.
+        OSError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{str(folder)!r}: must be a folder, and a file is in the way; pass another one") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ropex._disk import read_object, write_text, writing
+from ropex._disk import make_folder, read_object, write_text, writing
 from ropex._version import __version__
 
 __all__ = ["Cells", "contents", "environment", "fingerprint", "write_csv", "write_json"]
@@ -175,7 +175,7 @@ class Cells:
 
     def _write(self, path: Path) -> None:
         """Write what is finished here and what is finished in the file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with writing(path.parent) as put:
             self._read(path)
             text = json.dumps({"about": self._about, "cells": self._finished}, indent=2, allow_nan=False) + "\n"

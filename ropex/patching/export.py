@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ropex._checks import first_line, require_choice, require_path
-from ropex._disk import read_object, unfinished_folder
+from ropex._disk import make_folder, read_object, unfinished_folder
 from ropex.patching import files
 from ropex.patching.attention import settings_under
 from ropex.patching.config import rope_parameters, silently, text_config, words_beside
@@ -112,7 +112,7 @@ def export(
         )
     if saved.settings["precision"] == "float32":
         lost.append('precision="float32": scores are computed in the dtype of the model')
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with unfinished_folder(out.parent) as made:
         checked = made / "config"
         checked.mkdir()

@@ -21,7 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ropex._checks import require_path
-from ropex._disk import writing
+from ropex._disk import make_folder, writing
 from ropex._version import __version__
 from ropex.patching.detect import find_active
 from ropex.patching.swap import channels_of
@@ -165,7 +165,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     content["hash"] = _hash(content)
     text = json.dumps(content, indent=2) + "\n"
     directory = require_path("directory", directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     name = None if data is None else _weights_name(_hash_of(data))
     with writing(directory) as put:
         before = {path.name for path in directory.iterdir() if _WEIGHTS.fullmatch(path.name)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ropex._checks import require_path
-from ropex._disk import unfinished_folder
+from ropex._disk import make_folder, unfinished_folder
 from ropex.patching.files import Saved
 from ropex.patching.native import divisors_of
 from ropex.rotation import Geometry
@@ -49,7 +49,7 @@ def write_gguf(saved: Saved, out: Path, model: str | Path | None, length: int | 
     divisors, amplitude = divisors_of(schedule, rope.geometry, rope.turning, length)
     reach = length or schedule.target_length(rope.geometry.trained_length)
     _require_fits(gguf, reader, source, arch, rope.geometry)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with unfinished_folder(out.parent) as made:
         writer = gguf.GGUFWriter(made / "model.gguf", arch=arch)
         _copy_fields(gguf, reader, writer, arch)
