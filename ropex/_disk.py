@@ -143,8 +143,7 @@ def writing(folder: Path) -> Iterator[Callable[[str, Callable[[Path], object]], 
         def put(name: str, write: Callable[[Path], object]) -> None:
             with _partial(folder, name) as partial:
                 write(partial)
-                with partial.open("rb+") as file:
-                    os.fsync(file.fileno())
+                _sync(partial)
                 partial.replace(folder / name)
 
         yield put
@@ -165,12 +164,17 @@ def _partial(folder: Path, name: str) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def _sync(path: Path) -> None:
+    """Wait until a file is on the disk, which may be full only then."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def require_room(folder: Path) -> None:
     """Raise `OSError` unless a folder can be written, and has room for results."""
     with writing(folder), _partial(folder, "") as partial:
         partial.write_bytes(bytes(2**20))
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+        _sync(partial)
 
 
 def make_folder(folder: Path) -> None:

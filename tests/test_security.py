@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 import ropex
 from ropex.cli import app
-from ropex.evaluation.loading import load_empty_model, load_model
+from ropex.evaluation.loading import load_model
+from ropex.patching import empty_model
 from tests.oracles import byte_tokenizer, tiny_model
 
 
@@ -46,7 +47,7 @@ def every_reader(directory: Path, out: Path) -> dict[str, Any]:
     """All that reads a directory of somebody else."""
     return {
         "load": lambda: ropex.load(tiny_model("llama", vocab_size=260), directory),
-        "inspect": lambda: load_empty_model(directory),
+        "inspect": lambda: empty_model(directory),
         "export": lambda: ropex.export(directory, "transformers", out, length=900),
         "measure": lambda: load_model(str(directory)),
     }

